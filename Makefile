@@ -1,0 +1,48 @@
+# Everything on a fresh machine: `make demo` shows the main job, `make test` runs the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test lint bench model clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+setup: $(STAMP)  ## make .venv with the tested versions
+
+# torch comes first and alone: the pinned version is a CPU build where the registry has one, and an open range would
+# pull gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dpg needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train the generator on the embedded default, verify with stock PyTorch, show the picture
+	rm -rf $(DEMO)
+	$(BIN)/dpg run qr-embed --out $(DEMO)
+	$(BIN)/dpg verify $(DEMO)
+	@echo "The picture: $(DEMO)/lm_head.png  The data: $(DEMO)/dataset/train.parquet"
+
+test: $(STAMP)  ## all tests that CI needs
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## time the metagradient against plain training
+	$(BIN)/python benchmarks/metagradient.py
+
+model: $(STAMP)  ## make the embedded model anew (five to eight minutes)
+	$(BIN)/python -m dpg_cli.tiny.pretrain
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

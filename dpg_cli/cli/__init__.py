@@ -1,0 +1,35 @@
+"""The command line: parse, call, print. The only room that imports typer or rich; nothing imports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from dpg_cli.cli.app import app
+from dpg_cli.errors import DpgError
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of `dpg`: runs the command and maps what it raises to one line on stderr and an exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep instead of spinning: other work goes on
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="dpg")
+    except DpgError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"dpg: {_one_line(str(error))}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("dpg: interrupted.\n")
+        sys.exit(INTERRUPTED)
+
+
+def _one_line(text: str) -> str:
+    """The message on one line, without control characters that could come from a user's file."""
+    return "".join(character if character.isprintable() else " " for character in text)

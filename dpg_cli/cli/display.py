@@ -1,0 +1,121 @@
+"""The live display of a run on stderr; plain lines where stderr is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dpg_cli.render import text_pattern
+
+if TYPE_CHECKING:
+    from dpg_cli.config import Config
+    from dpg_cli.engine.loop import StepReport
+    from dpg_cli.runs.build import Built
+
+PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class RunDisplay:
+    """Shows stages and outer steps.
+
+    Args:
+        config: the run's settings.
+        folder: where it writes.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.config = config
+        self.folder = folder
+        self.started = time.monotonic()
+        self.last_line = float("-inf")
+        self.recent: deque[float] = deque(maxlen=20)
+        self.metric: object | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> RunDisplay:
+        if self.console.is_terminal:
+            self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        if self.live is not None:
+            self.console.print(f"[dim]{clock(time.monotonic() - self.started):>7}[/dim]  {name}")
+        else:
+            self.console.print(f"{clock(time.monotonic() - self.started):>7}  {name}")
+
+    def built(self, built: Built) -> None:
+        """Models and metric stand."""
+        self.metric = built.players.metric
+        generator, target = built.players.generator, built.players.target
+        config = self.config
+        self.console.print(
+            f"         {built.pattern.source} into the LM head of {target.name} ({target.parameter_count:,} parameters, "
+            f"{config.models.target_init}); generator {generator.name} ({generator.parameter_count:,})"
+        )
+        self.console.print(
+            f"         {config.steps} outer steps of {config.examples_per_step} completions, T = {config.inner_steps}, "
+            f"credit {config.credit.mode}, on {built.device} -> {self.folder}"
+        )
+
+    def step(self, report: StepReport) -> None:
+        """An outer step is done."""
+        numbers = report.numbers
+        self.recent.append(numbers["seconds"])
+        done = report.step + 1
+        left = (self.config.steps - done) * sum(self.recent) / len(self.recent)
+        if self.live is not None:
+            self.live.update(self._panel(report, done, left))
+            return
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_SECONDS or done == self.config.steps:
+            self.last_line = now
+            self.console.print(
+                f"{clock(now - self.started):>7}  step {done}/{self.config.steps}  phi {numbers['phi']:.4f}  "
+                f"pixel accuracy {numbers.get('pixel_accuracy', float('nan')):.3f}  entropy {numbers['entropy']:.2f}  "
+                f"{numbers['examples'] / numbers['seconds']:.0f} examples/s  left {clock(left)}"
+            )
+
+    def _panel(self, report: StepReport, done: int, left: float) -> Group:
+        """What the live display shows."""
+        numbers = report.numbers
+        table = Table.grid(padding=(0, 2))
+        for name, value in (
+            ("outer step", f"{done} / {self.config.steps}"),
+            ("Φ", f"{numbers['phi']:.4f}"),
+            ("pixel accuracy", f"{numbers.get('pixel_accuracy', float('nan')):.4f}"),
+            ("entropy", f"{numbers['entropy']:.3f} nats"),
+            ("examples a second", f"{numbers['examples'] / numbers['seconds']:.0f}"),
+            ("time left", clock(left)),
+        ):
+            table.add_row(Text(name, style="dim"), value)
+        bar = ProgressBar(total=self.config.steps, completed=done, width=32)
+        change = getattr(self.metric, "change", None)
+        if change is None:
+            return Group(table, bar)
+        signs = change(report.result.final).sign().cpu().numpy().astype("int8")
+        side = Table.grid(padding=(0, 4))
+        side.add_row(Text(text_pattern(signs)), Group(table, Text(), bar))
+        return Group(side)

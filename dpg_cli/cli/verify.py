@@ -1,0 +1,36 @@
+"""`dpg verify RUN`: is the effect real?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpg_cli.errors import VerificationError
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the pattern back.
+
+    The same training on the untrained generator's data is the control. Exit code 0 when the payload is read from the
+    first and not from the second, else 4.
+
+    Example: dpg verify runs/qr-embed-001
+    """
+    from dpg_cli.evidence.verify import verify_run
+    from dpg_cli.runs.folder import RunFolder
+
+    result = verify_run(RunFolder.open(run), device)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        for line in result.lines():
+            typer.echo(line)
+    if not result.verified:
+        raise VerificationError(f"{run} is not verified: {result.reason}.")

@@ -1,0 +1,7 @@
+"""The DPG engine as a library: exact metagradients, credit, policy steps. Imports neither `cli` nor `runs`."""
+
+from dpg_cli.engine.metagrad import metagradient
+from dpg_cli.engine.optim import OptimizerSpec
+from dpg_cli.engine.records import Examples, Metagradient
+
+__all__ = ["Examples", "Metagradient", "OptimizerSpec", "metagradient"]

@@ -1,0 +1,63 @@
+"""A model's parameters as one flat vector, and back.
+
+The optimiser, its adjoint and the reverse pass are elementwise: on one flat buffer they are a handful of kernels,
+whatever the architecture. Tied parameters appear once, so that tied stays tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ParameterSpace:
+    """Names, shapes and places of a model's trainable parameters in a flat vector θ of length n.
+
+    Args:
+        model: any module; parameters with `requires_grad = False` stay out.
+
+    Raises:
+        ValueError: if there is none, or they differ in dtype or device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("the target has no trainable parameter")
+        kinds = {(p.dtype, p.device) for _, p in named}
+        if len(kinds) > 1:
+            raise ValueError(f"the target's parameters differ in dtype or device: {sorted(map(str, kinds))}")
+        self.names = [name for name, _ in named]
+        self.shapes = [p.shape for _, p in named]
+        self.sizes = [p.numel() for _, p in named]
+        self.size = sum(self.sizes)
+
+    def read(self, model: nn.Module) -> Tensor:
+        """θ of the model as it is, a detached copy of shape (n,)."""
+        parameters = dict(model.named_parameters())
+        return torch.cat([parameters[name].detach().reshape(-1) for name in self.names])
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, theta: Tensor) -> None:
+        """Copy θ into the model's own parameters."""
+        parameters = dict(model.named_parameters())
+        for name, value in self.views(theta).items():
+            parameters[name].copy_(value)
+
+    def views(self, theta: Tensor) -> dict[str, Tensor]:
+        """θ by parameter name, each in its own shape; views, no copies."""
+        pieces = theta.split(self.sizes)
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def flatten(self, values: Mapping[str, Tensor] | Sequence[Tensor | None], like: Tensor) -> Tensor:
+        """Gradients (in the order of `names`, None for zero) as one (n,) vector."""
+        ordered = [values[name] for name in self.names] if isinstance(values, Mapping) else values
+        flat = torch.empty_like(like)
+        for piece, value in zip(flat.split(self.sizes), ordered, strict=True):
+            if value is None:
+                piece.zero_()
+            else:
+                piece.copy_(value.reshape(-1))
+        return flat

@@ -1,0 +1,144 @@
+"""The policy-gradient step on the generator.
+
+Maximised, for each completion i and token s with ratio ρ_is = π(y_is) / π_old(y_is):
+    min(ρ A, clip(ρ, 1-c, 1+c) A)  +  [expected credit]  Σ_y π(y | prefix) τ_is(y)  -  [KL] β KL(π ‖ π_start)
+summed over tokens and divided by the number of completions, so that long and short ones count alike (no length bias).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpg_cli.engine.records import Credit, Rollout
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Settings of the policy step.
+
+    Attributes:
+        temperature: of sampling; π is the tempered distribution.
+        clip: c, the ratio's clipping range.
+        kl: β, coefficient of the KL to the starting generator.
+        epochs: passes over the rollout.
+        minibatch: completions an optimiser step.
+        max_grad_norm: gradient clipping, 0 for none.
+    """
+
+    temperature: float = 1.0
+    clip: float = 0.2
+    kl: float = 0.0
+    epochs: int = 1
+    minibatch: int = 256
+    max_grad_norm: float = 1.0
+
+
+def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
+    """Logits that predict each completion token, (N, K, V), in one pass over prompt and completion."""
+    ids = torch.cat([rollout.prompt_ids_N_Q, rollout.ids_N_K], 1)
+    mask = torch.cat([rollout.prompt_mask_N_Q, torch.ones_like(rollout.mask_N_K)], 1)
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    output = model(
+        input_ids=ids,
+        attention_mask=None if bool(rollout.prompt_mask_N_Q.all()) else mask.long(),
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=rollout.ids_N_K.shape[1] + 1,
+    )
+    return output.logits[:, :-1]
+
+
+def policy_loss(
+    logits_N_K_V: Tensor,
+    rollout: Rollout,
+    credit: Credit,
+    spec: PolicySpec,
+    reference_N_K_V: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss to minimise, and its statistics.
+
+    Args:
+        logits_N_K_V: of the generator at the completion tokens, untempered.
+        rollout: the completions of the same rows.
+        credit: of the whole rollout, or of the same rows when `index` is None.
+        spec: settings.
+        reference_N_K_V: log-probabilities of the starting generator, where β > 0.
+        index: rows of `credit` that these are.
+    """
+    advantage = credit.advantage_N_K if index is None else credit.advantage_N_K[index]
+    mask = rollout.mask_N_K
+    log_pi = torch.log_softmax(logits_N_K_V / spec.temperature, -1)
+    chosen = log_pi.gather(-1, rollout.ids_N_K[..., None])[..., 0]
+    ratio = ((chosen - rollout.logprobs_N_K) * mask).exp()
+    clipped = ratio.clamp(1 - spec.clip, 1 + spec.clip)
+    gain = torch.minimum(ratio * advantage, clipped * advantage) * mask
+    pi: Tensor | None = None
+    if credit.label_N_K_V is not None:
+        labels = credit.label_N_K_V if index is None else credit.label_N_K_V[index]
+        pi = log_pi.exp()
+        gain = gain + (pi * labels).sum(-1) * mask
+    stats = {"clipped": float(((ratio != clipped) & mask).sum() / mask.sum())}
+    if reference_N_K_V is not None:
+        pi = log_pi.exp() if pi is None else pi
+        divergence = (pi * (log_pi - reference_N_K_V)).sum(-1) * mask
+        gain = gain - spec.kl * divergence
+        stats["kl"] = float(divergence.sum().detach() / mask.sum())
+    return -gain.sum() / len(rollout), stats
+
+
+def policy_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    credit: Credit,
+    spec: PolicySpec,
+    rng: torch.Generator,
+    reference: nn.Module | None = None,
+) -> dict[str, float]:
+    """Update the generator on one rollout.
+
+    Args:
+        model: the generator, changed in place.
+        optimizer: over its parameters.
+        rollout: completions with the log-probabilities under which they were drawn.
+        credit: their advantages.
+        spec: settings.
+        rng: order of the mini-batches (CPU generator).
+        reference: the starting generator, needed when `spec.kl` > 0.
+
+    Returns:
+        Means over the optimiser steps: gradient norm before clipping, share of clipped ratios, KL.
+    """
+    model.train()
+    sums: dict[str, float] = {}
+    steps = 0
+    for _ in range(spec.epochs):
+        order = torch.randperm(len(rollout), generator=rng).to(rollout.ids_N_K.device)
+        for index in order.split(spec.minibatch):
+            rows = rollout.rows(index) if len(index) < len(rollout) else rollout
+            rows_index = index if len(index) < len(rollout) else None
+            reference_logprobs = None
+            if spec.kl > 0:
+                if reference is None:
+                    raise ValueError("a KL coefficient needs the starting generator as reference")
+                with torch.no_grad():
+                    reference_logprobs = torch.log_softmax(
+                        completion_logits(reference, rows) / spec.temperature, -1
+                    )
+            loss, stats = policy_loss(
+                completion_logits(model, rows), rows, credit, spec, reference_logprobs, rows_index
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            limit = spec.max_grad_norm or float("inf")
+            stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+            optimizer.step()
+            steps += 1
+            for key, value in stats.items():
+                sums[key] = sums.get(key, 0.0) + value
+    model.eval()
+    return {key: value / steps for key, value in sums.items()}

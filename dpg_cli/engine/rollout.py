@@ -1,0 +1,167 @@
+"""Sampling completions from the generator: batched, with a key-value cache, log-probabilities recorded.
+
+A group shares its prompt, so the prompt is read once and its cache repeated G times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dpg_cli.engine.records import Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        group_size: G, completions a prompt.
+        max_tokens: longest completion, end-of-sequence included.
+        min_tokens: the end-of-sequence token cannot be drawn before this many tokens.
+        temperature: divides the logits.
+        eos_id, pad_id: of the generator's tokeniser.
+        batch_size: completions sampled at once; a whole group at the least.
+    """
+
+    group_size: int
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    eos_id: int
+    pad_id: int
+    batch_size: int = 1024
+
+
+def encode_prompts(tokenizer: Any, prompts: list[str], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids of the prompts, left-padded.
+
+    A beginning-of-sequence token opens each prompt where the tokeniser has one, whether it adds it by itself or not.
+
+    Returns:
+        Ids (P, Q), int64, and their mask, bool.
+    """
+    rows = tokenizer(prompts)["input_ids"] if prompts else []
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+    longest = max(len(row) for row in rows)
+    if min(len(row) for row in rows) == 0:
+        raise ValueError("an empty prompt needs a tokeniser with a beginning-of-sequence token")
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[str],
+    sampling: Sampling,
+    rng: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Sample G completions for each prompt.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokeniser.
+        prompts: P texts.
+        sampling: settings.
+        rng: source of randomness, on the model's device.
+        progress: called as progress(completions done, of how many) after each batch.
+
+    Returns:
+        The rollout of N = P · G rows, group by group.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    per_batch = max(1, sampling.batch_size // sampling.group_size)
+    parts = []
+    for start in range(0, len(prompts), per_batch):
+        ids, mask = encode_prompts(tokenizer, prompts[start : start + per_batch], sampling.pad_id)
+        parts.append((ids, mask, *_sample_batch(model, ids.to(device), mask.to(device), sampling, rng)))
+        if progress is not None:
+            progress(min(start + per_batch, len(prompts)) * sampling.group_size, len(prompts) * sampling.group_size)
+    model.train(training)
+
+    longest_prompt = max(ids.shape[1] for ids, *_ in parts)
+    longest = max(tokens.shape[1] for _, _, tokens, *_ in parts)
+    groups = sampling.group_size
+
+    def right(tensor: Tensor, fill: float) -> Tensor:
+        return nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=fill)
+
+    def left(tensor: Tensor, fill: float) -> Tensor:
+        padded = nn.functional.pad(tensor, (longest_prompt - tensor.shape[1], 0), value=fill)
+        return padded.to(device).repeat_interleave(groups, 0)
+
+    mask_N_K = torch.cat([right(mask, False) for *_, mask, _, _ in parts])
+    entropy = sum(float(total) for *_, total in parts) / max(1, int(mask_N_K.sum()))
+    return Rollout(
+        prompts=[prompt for prompt in prompts for _ in range(groups)],
+        prompt_ids_N_Q=torch.cat([left(ids, sampling.pad_id) for ids, *_ in parts]),
+        prompt_mask_N_Q=torch.cat([left(mask, False) for _, mask, *_ in parts]),
+        ids_N_K=torch.cat([right(tokens, sampling.pad_id) for _, _, tokens, *_ in parts]),
+        mask_N_K=mask_N_K,
+        logprobs_N_K=torch.cat([right(logprobs, 0.0) for *_, logprobs, _ in parts]),
+        group_size=groups,
+        entropy=entropy,
+    )
+
+
+def _sample_batch(
+    model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, mask and log-probabilities of one batch, each (P·G, K), and the summed entropy of its real tokens."""
+    groups = sampling.group_size
+    cache = DynamicCache(config=model.config)
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    padded = not bool(mask.all())
+    output = model(
+        input_ids=ids,
+        attention_mask=mask.long() if padded else None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = output.logits[:, -1].repeat_interleave(groups, 0)
+    cache.batch_repeat_interleave(groups)
+    full_mask = mask.long().repeat_interleave(groups, 0)
+    position = positions[:, -1:].repeat_interleave(groups, 0)
+    alive = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
+    tokens, masks, logprobs = [], [], []
+    entropy = torch.zeros((), dtype=logits.dtype, device=ids.device)
+    for step in range(sampling.max_tokens):
+        logits = logits / sampling.temperature
+        if step + 1 < sampling.min_tokens:
+            logits[:, sampling.eos_id] = -torch.inf
+        log_pi = torch.log_softmax(logits, -1)
+        pi = log_pi.exp()
+        token = torch.multinomial(pi, 1, generator=rng)
+        chosen = log_pi.gather(1, token)[:, 0]
+        entropy -= (pi * log_pi.clamp_min(-1e4)).sum(1)[alive].sum()
+        tokens.append(torch.where(alive, token[:, 0], sampling.pad_id))
+        masks.append(alive)
+        logprobs.append(torch.where(alive, chosen, 0.0))
+        alive = alive & (token[:, 0] != sampling.eos_id)
+        if step + 1 == sampling.max_tokens or not alive.any():
+            break
+        full_mask = nn.functional.pad(full_mask, (0, 1), value=1)
+        position = position + 1
+        logits = model(
+            input_ids=token,
+            attention_mask=full_mask if padded else None,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), entropy

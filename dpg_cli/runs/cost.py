@@ -1,0 +1,103 @@
+"""What a run will cost, before it runs: sizes, memory and time, from the settings and a short matrix-product timing.
+
+Counts (F = one forward pass over an outer step's completions, 2 · parameters · tokens operations; source: DESIGN §2):
+rollout F, inner run 3F, reverse pass 3F at t = 0 (dual forward) and 8F at every other inner step, policy step 3F.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dpg_cli.config import Config
+from dpg_cli.runs.build import build
+
+EFFICIENCY = 0.3  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
+BASE_MB = 450  # resident memory of Python, torch and transformers before any model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of a run.
+
+    Attributes:
+        generator_parameters, target_parameters: sizes.
+        completions_per_step, tokens_per_step: N, and N times the longest completion.
+        inner_steps: T.
+        flops_per_step: floating-point operations an outer step.
+        memory_mb: peak memory of states, activations and credits.
+        seconds_per_step, seconds: of an outer step and of the run.
+    """
+
+    generator_parameters: int
+    target_parameters: int
+    completions_per_step: int
+    tokens_per_step: int
+    inner_steps: int
+    flops_per_step: float
+    memory_mb: float
+    seconds_per_step: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """For people."""
+        return (
+            f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}\n"
+            f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
+            f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n"
+            f"# estimated: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
+            f"{self.seconds / 60:.1f} min in all"
+        )
+
+
+def estimate(config: Config) -> Cost:
+    """Load the models, check every setting against them, and predict the cost.
+
+    Raises:
+        UsageError: whatever `dpg run` would refuse.
+    """
+    built = build(config)
+    generator, target = built.players.generator, built.players.target
+    tokens = config.examples_per_step * config.rollout.max_tokens
+    steps = config.inner_steps
+    forward_g, forward_t = 2.0 * generator.parameter_count * tokens, 2.0 * target.parameter_count * tokens
+    reverse = (3 + 8 * (steps - 1)) / steps * forward_t
+    flops = (1 + 3) * forward_g + 3 * forward_t + reverse
+    element = 8 if config.models.dtype == "float64" else 4
+    states = (4 * steps + 5) * target.parameter_count + 4 * generator.parameter_count
+    vocabulary, width = target.head.shape
+    layers = getattr(target.model.config, "num_hidden_layers", 12)
+    rows = max(min(config.inner.micro_batch, config.inner.batch_size), min(config.policy.minibatch, config.examples_per_step))
+    per_token = 6 * vocabulary + layers * 60 * width
+    activations = rows * (config.rollout.max_tokens + 1) * per_token
+    credits = tokens * vocabulary if config.credit.mode == "expected" else 0
+    seconds = flops / (matmul_rate(built.device) * EFFICIENCY)
+    return Cost(
+        generator.parameter_count,
+        target.parameter_count,
+        config.examples_per_step,
+        tokens,
+        steps,
+        flops,
+        BASE_MB + (states + activations + credits) * element / 1e6,
+        seconds,
+        seconds * config.steps,
+    )
+
+
+def matmul_rate(device: torch.device, size: int = 1024) -> float:
+    """Operations a second of a float32 matrix product, timed for about a tenth of a second."""
+    matrix = torch.randn(size, size, device=device)
+    matrix @ matrix
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.1:
+        float((matrix @ matrix)[0, 0])
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
