@@ -24,6 +24,7 @@ from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accur
 from dpg_cli.runs.folder import RunFolder
 
 ROWS_AT_ONCE = 256
+BITMAP_ACCURACY = 0.995  # pixel accuracy at which a bitmap without payload counts as shown
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Verification:
     """The verdict on a run with a pattern.
 
     Attributes:
-        wanted: the payload of a QR code; None for another bitmap, which must be right in every pixel.
+        wanted: the payload of a QR code; None for a bitmap, which must reach `BITMAP_ACCURACY`.
         data: read after training on the run's dataset.
         control: read after training on the untrained generator's data.
     """
@@ -57,7 +58,7 @@ class Verification:
     control: PatternReading
 
     def _shows(self, reading: PatternReading) -> bool:
-        return reading.pixel_accuracy == 1 if self.wanted is None else reading.payload == self.wanted
+        return reading.pixel_accuracy >= BITMAP_ACCURACY if self.wanted is None else reading.payload == self.wanted
 
     @property
     def verified(self) -> bool:
