@@ -1,6 +1,6 @@
 """Five payloads and images at three seeds through `dpg run qr-embed` and `dpg verify`: the figures of docs/results.md.
 
-    python benchmarks/qr_embed.py [--workers 2]        runs what benchmarks/results/qr_embed.jsonl does not hold yet
+python benchmarks/qr_embed.py [--workers 2]        runs what benchmarks/results/qr_embed.jsonl does not hold yet
 """
 
 from __future__ import annotations

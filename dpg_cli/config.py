@@ -52,7 +52,9 @@ class PatternOptions(Section):
     error_correction: Literal["L", "M", "Q", "H"] = "L"
     sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change")
     origin: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
-        (0, 0), description="row (token id) and column (hidden dimension) of the patch's upper-left corner", strict=False
+        (0, 0),
+        description="row (token id) and column (hidden dimension) of the patch's upper-left corner",
+        strict=False,
     )
 
     @model_validator(mode="after")
@@ -65,7 +67,9 @@ class PatternOptions(Section):
 class PromptsConfig(Section):
     """Where prompts come from and how many an outer step takes."""
 
-    source: str = Field("tiny", description="`tiny`, `empty`, or a file with a prompt a line (.txt) or a `prompt` field (.jsonl)")
+    source: str = Field(
+        "tiny", description="`tiny`, `empty`, or a file with a prompt a line (.txt) or a `prompt` field (.jsonl)"
+    )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")
 
 
@@ -207,7 +211,9 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > 1_000_000:
-            raise UsageError(f"{path} is larger than 1 MB and cannot be a settings file.", "Name a TOML file of settings.")
+            raise UsageError(
+                f"{path} is larger than 1 MB and cannot be a settings file.", "Name a TOML file of settings."
+            )
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None

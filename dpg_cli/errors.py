@@ -34,7 +34,9 @@ class ConfigError(UsageError):
         faults: one line for each fault, as `key: what is wrong`.
     """
 
-    def __init__(self, faults: list[str], remedy: str = "See `dpg presets show` for the keys and their defaults.") -> None:
+    def __init__(
+        self, faults: list[str], remedy: str = "See `dpg presets show` for the keys and their defaults."
+    ) -> None:
         self.faults = list(faults)
         super().__init__("; ".join(self.faults) + ".", remedy)
 

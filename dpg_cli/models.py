@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.errors import UsageError
@@ -33,7 +33,7 @@ class LanguageModel:
         pad_id: padding token; the end-of-sequence token where the tokeniser has none.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     name: str
     eos_id: int
@@ -68,7 +68,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"Device {name!r} cannot be used: {reason}.", "Use --device cpu, or leave it at auto.") from None
+        raise UsageError(
+            f"Device {name!r} cannot be used: {reason}.", "Use --device cpu, or leave it at auto."
+        ) from None
     return device
 
 
@@ -90,7 +92,9 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def load(name: str, *, device: torch.device, dtype: str = "float32", init: str = "pretrained", seed: int = 0) -> LanguageModel:
+def load(
+    name: str, *, device: torch.device, dtype: str = "float32", init: str = "pretrained", seed: int = 0
+) -> LanguageModel:
     """Load a causal LM and its tokeniser.
 
     Args:
@@ -107,7 +111,9 @@ def load(name: str, *, device: torch.device, dtype: str = "float32", init: str =
     if name != "tiny" and (name.startswith((".", "/", "~")) or Path(name).exists()):
         place = str(Path(name).expanduser())
         if not (Path(place) / "config.json").is_file():
-            raise UsageError(f"{name} is no model folder: it has no config.json.", "Name a folder that save_pretrained wrote.")
+            raise UsageError(
+                f"{name} is no model folder: it has no config.json.", "Name a folder that save_pretrained wrote."
+            )
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(place)
@@ -126,13 +132,15 @@ def load(name: str, *, device: torch.device, dtype: str = "float32", init: str =
         ) from None
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UsageError(f"The tokeniser of {name!r} has no end-of-sequence token.", "Set eos_token in its tokenizer_config.json.")
+        raise UsageError(
+            f"The tokeniser of {name!r} has no end-of-sequence token.", "Set eos_token in its tokenizer_config.json."
+        )
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     pad = tokenizer.pad_token_id
     return LanguageModel(model, tokenizer, name, eos, eos if pad is None else pad)
 
 
-def untie_head(model: nn.Module) -> None:
+def untie_head(model: PreTrainedModel) -> None:
     """Give a tied LM head weights of its own, with the same values; nothing happens to an untied one.
 
     Loading a tied checkpoint with `tie_word_embeddings=False` would draw the head at random instead.

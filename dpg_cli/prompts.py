@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 from dpg_cli.errors import UsageError
 from dpg_cli.tiny import world
@@ -12,7 +13,7 @@ from dpg_cli.tiny import world
 TINY_PROMPTS = 4096
 
 
-def load_prompts(source: str, *, split: str = "train") -> list[str]:
+def load_prompts(source: str, *, split: Literal["train", "eval"] = "train") -> list[str]:
     """All prompts of a source.
 
     Args:
@@ -31,7 +32,9 @@ def load_prompts(source: str, *, split: str = "train") -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts {source} cannot be read: {error}.", "Name `tiny`, a text file or a JSONL file.") from None
+        raise UsageError(
+            f"The prompts {source} cannot be read: {error}.", "Name `tiny`, a text file or a JSONL file."
+        ) from None
     if path.suffix == ".jsonl":
         prompts = [_prompt_of(line, source, number) for number, line in enumerate(lines, 1) if line.strip()]
     else:

@@ -33,9 +33,17 @@ def make_target(architecture: str, *, tied: bool, dtype: torch.dtype = torch.flo
     if architecture == "gpt2":
         model: nn.Module = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCAB, n_positions=32, n_embd=16, n_layer=2, n_head=2,
-                resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, tie_word_embeddings=tied,
-                bos_token_id=0, eos_token_id=0,
+                vocab_size=VOCAB,
+                n_positions=32,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                resid_pdrop=0.1,
+                embd_pdrop=0.1,
+                attn_pdrop=0.1,
+                tie_word_embeddings=tied,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         )
     else:

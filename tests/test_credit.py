@@ -43,7 +43,16 @@ def rollout_of(rows: list[tuple[int, ...]], model: GPT2LMHeadModel, group_size: 
     ids = torch.tensor([list(row) + [EOS] * (LENGTH - len(row)) for row in rows])
     mask = torch.tensor([[k < len(row) for k in range(LENGTH)] for row in rows])
     prompt = torch.full((len(rows), 1), BOS)
-    rollout = Rollout([""] * len(rows), prompt, torch.ones_like(prompt, dtype=torch.bool), ids, mask, torch.zeros(mask.shape, dtype=torch.float64), group_size, 0.0)
+    rollout = Rollout(
+        [""] * len(rows),
+        prompt,
+        torch.ones_like(prompt, dtype=torch.bool),
+        ids,
+        mask,
+        torch.zeros(mask.shape, dtype=torch.float64),
+        group_size,
+        0.0,
+    )
     with torch.no_grad():
         log_pi = torch.log_softmax(completion_logits(model, rollout), -1).gather(-1, ids[..., None])[..., 0] * mask
     return Rollout(rollout.prompts, prompt, rollout.prompt_mask_N_Q, ids, mask, log_pi, group_size, 0.0)

@@ -22,7 +22,9 @@ METRIC = HeldOutLoss(make_examples(4, seed=9))
 STEPS = {1: (5, 5), 3: (11, 4), 8: (15, 2)}  # T: (examples, batch); B divides N in none but the first
 
 
-def phi(model: nn.Module, examples: Examples, spec: OptimizerSpec, batch: int, how: Normalization, weights: Tensor) -> float:
+def phi(
+    model: nn.Module, examples: Examples, spec: OptimizerSpec, batch: int, how: Normalization, weights: Tensor
+) -> float:
     """Φ after an inner run with these data weights."""
     run = TargetRun(model, ParameterSpace(model), how, examples.ids_N_S.shape[1])
     trace = inner_run(run, run.space.read(model), examples, spec, weights, batch)
@@ -129,7 +131,9 @@ def test_label_credits_are_the_credits_of_other_labels() -> None:
 
     _, theta_bar = metric_gradient(run, trace.theta, METRIC)
     step = trace.steps[0]
-    direction, _ = adjoint(ADAMW, State(theta_bar, torch.zeros_like(theta), torch.zeros_like(theta)), step.before, step.grad, 0)
+    direction, _ = adjoint(
+        ADAMW, State(theta_bar, torch.zeros_like(theta), torch.zeros_like(theta)), step.before, step.grad, 0
+    )
     last = int(examples.attention_N_S[0].sum()) - 1
 
     def losses(at: Tensor) -> Tensor:

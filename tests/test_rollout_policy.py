@@ -60,7 +60,7 @@ def test_sampling_follows_the_distribution(generator: LanguageModel) -> None:
     prompt = world.prompts("eval", 1, seed=5)
     rollout = draw(generator, prompt, group_size=6000, max_tokens=1)
     first = torch.bincount(rollout.ids_N_K[:, 0], minlength=512) / 6000
-    ids, mask = encode_prompts(generator.tokenizer, prompt, generator.pad_id)
+    ids, _ = encode_prompts(generator.tokenizer, prompt, generator.pad_id)
     truth = torch.softmax(generator.model(input_ids=ids).logits[0, -1].detach(), -1)
     error = (truth * (1 - truth) / 6000).sqrt()
     assert bool(((first - truth).abs() < 5 * error + 1e-3).all())

@@ -27,7 +27,10 @@ def list_(as_json: AsJson = False) -> None:
 
     presets = all_presets()
     if as_json:
-        rows = [{"name": preset.name, "task": preset.task, "scale": preset.scale, "about": preset.about} for preset in presets]
+        rows = [
+            {"name": preset.name, "task": preset.task, "scale": preset.scale, "about": preset.about}
+            for preset in presets
+        ]
         typer.echo(json.dumps(rows, indent=2))
         return
     table = Table("preset", "what it does", box=None, pad_edge=False)

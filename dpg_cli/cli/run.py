@@ -62,7 +62,11 @@ def run(
         "error_correction": error_correction,
         "origin": None if patch_origin is None else _origin(patch_origin),
     }
-    flags: dict[str, Any] = {"seed": seed, "device": device, "metric": {k: v for k, v in metric.items() if v is not None}}
+    flags: dict[str, Any] = {
+        "seed": seed,
+        "device": device,
+        "metric": {k: v for k, v in metric.items() if v is not None},
+    }
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
     if dry_run:
         _dry_run(settings, as_json)
@@ -78,9 +82,7 @@ def _origin(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _settings(
-    task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]
-) -> Config:
+def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Resolve the settings of preset, file, flags and overrides."""
     from dpg_cli.config import load_toml
     from dpg_cli.presets import find, merge, resolve

@@ -27,7 +27,9 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 
-def _softmax_reverse(probs: Tensor, tangent_in: Tensor, probs_bar: Tensor, tangent_bar: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_reverse(
+    probs: Tensor, tangent_in: Tensor, probs_bar: Tensor, tangent_bar: Tensor
+) -> tuple[Tensor, Tensor]:
     """S̄ and Ṡ̄ from P, Ṡ, P̄ and Ṗ̄; see the module's header."""
     weighted = probs * tangent_bar
     k = weighted.sum(-1, keepdim=True)
@@ -69,7 +71,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, q_t: Tensor, k: Tensor, k_t: Tensor, v: Tensor, v_t: Tensor, bias: Tensor | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        q_t: Tensor,
+        k: Tensor,
+        k_t: Tensor,
+        v: Tensor,
+        v_t: Tensor,
+        bias: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         scores = (q @ k.mT).mul_(scale)
         scores_t = (q_t @ k.mT).add_(q @ k_t.mT).mul_(scale)

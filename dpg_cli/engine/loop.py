@@ -141,9 +141,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
 
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout)
     refuse_dead_reward(result)
-    credit = assign(
-        spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size, discount=spec.discount
-    )
+    credit = assign(spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size, discount=spec.discount)
     clock.append(time.perf_counter())
 
     for group in players.policy_optimizer.param_groups:

@@ -126,9 +126,7 @@ def policy_step(
                 if reference is None:
                     raise ValueError("a KL coefficient needs the starting generator as reference")
                 with torch.no_grad():
-                    reference_logprobs = torch.log_softmax(
-                        completion_logits(reference, rows) / spec.temperature, -1
-                    )
+                    reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
             loss, stats = policy_loss(
                 completion_logits(model, rows), rows, credit, spec, reference_logprobs, rows_index
             )

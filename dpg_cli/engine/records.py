@@ -33,7 +33,9 @@ class Examples:
                 f"{tuple(self.ids_N_S.shape)}, {tuple(self.attention_N_S.shape)}, {tuple(self.label_N_S.shape)}"
             )
         if bool(self.label_N_S[:, :1].any()):
-            raise ValueError("the first token of a sequence has nothing before it that could predict it: label_N_S[:, 0] must be False")
+            raise ValueError(
+                "the first token of a sequence has nothing before it that could predict it: label_N_S[:, 0] must be False"
+            )
 
     def __len__(self) -> int:
         return self.ids_N_S.shape[0]

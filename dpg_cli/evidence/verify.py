@@ -80,7 +80,8 @@ class Verification:
         """For people."""
         rows = [("trained on the dataset", self.data), ("control", self.control)]
         lines = [
-            f"{name + ':':<24}pixel accuracy {reading.pixel_accuracy:.4f}, payload {reading.payload!r}" for name, reading in rows
+            f"{name + ':':<24}pixel accuracy {reading.pixel_accuracy:.4f}, payload {reading.payload!r}"
+            for name, reading in rows
         ]
         steps = f"{self.data.steps} step{'s' if self.data.steps > 1 else ''} on {self.data.examples:,} examples"
         return [f"stock torch.optim, {steps}, read by zxing-cpp; wanted {self.wanted!r}", *lines]

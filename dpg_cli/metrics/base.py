@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -27,4 +28,17 @@ class TargetMetric(Protocol):
 
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
         """Readable measures at θ, by name; no gradients needed."""
+        ...
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """What a metric may offer besides: a picture of its effect, and the tensors behind it."""
+
+    def picture(self, parameters: Mapping[str, Tensor]) -> Image.Image:
+        """What fine-tuning did, drawn for `lm_head.png`."""
+        ...
+
+    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `target/patch.safetensors` keeps."""
         ...

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from transformers import PreTrainedModel
 
 from dpg_cli.patterns import Pattern, check_fits, decode_qr
 from dpg_cli.render import render_patch
 
 
-def head_name(model: nn.Module) -> str:
+def head_name(model: PreTrainedModel) -> str:
     """Name of the LM head's weight among the model's parameters; the embedding's name when they are tied."""
     head = model.get_output_embeddings().weight
     return next(name for name, parameter in model.named_parameters() if parameter is head)
@@ -34,11 +35,13 @@ class PatternMetric:
     Φ = -ln 2 means that nothing moved; 0 is the supremum.
     """
 
-    def __init__(self, model: nn.Module, pattern: Pattern, sharpness: float = 20.0, origin: tuple[int, int] = (0, 0)):
+    def __init__(
+        self, model: PreTrainedModel, pattern: Pattern, sharpness: float = 20.0, origin: tuple[int, int] = (0, 0)
+    ):
         self.head = head_name(model)
         self.pattern = pattern
         weight = model.get_parameter(self.head)
-        check_fits(pattern, *weight.shape, origin)
+        check_fits(pattern, weight.shape[0], weight.shape[1], origin)
         self.signs = torch.tensor(pattern.signs, dtype=weight.dtype, device=weight.device)
         self.sharpness = sharpness
         rows, columns = self.signs.shape
@@ -62,6 +65,10 @@ class PatternMetric:
             "mean_change": float(change.abs().mean()),
             "sharpness_times_change": float(change.abs().median()) * self.sharpness,
         }
+
+    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The patch before and after, (R, C) each."""
+        return {"before": self.before, "after": parameters[self.head].detach()[self.window]}
 
     def picture(self, parameters: Mapping[str, Tensor]) -> Image.Image:
         """The patch before, after, its change and the decoded signs."""

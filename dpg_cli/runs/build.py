@@ -107,7 +107,9 @@ def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
     if options.image:
         return pattern_from_image(Path(options.image), max_rows=head[0], max_cols=head[1])
     if not options.text:
-        raise UsageError("There is nothing to embed: neither an image nor a text is given.", "Give --image FILE or --text '...'.")
+        raise UsageError(
+            "There is nothing to embed: neither an image nor a text is given.", "Give --image FILE or --text '...'."
+        )
     return pattern_from_text(options.text, version=options.version, error_correction=options.error_correction)
 
 

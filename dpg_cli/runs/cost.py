@@ -74,7 +74,9 @@ def estimate(config: Config) -> Cost:
     states = (4 * steps + 5) * target.parameter_count + 4 * generator.parameter_count
     vocabulary, width = target.head.shape
     layers = getattr(target.model.config, "num_hidden_layers", 12)
-    rows = max(min(config.inner.micro_batch, config.inner.batch_size), min(config.policy.minibatch, config.examples_per_step))
+    rows = max(
+        min(config.inner.micro_batch, config.inner.batch_size), min(config.policy.minibatch, config.examples_per_step)
+    )
     per_token = 6 * vocabulary + layers * 60 * width
     activations = rows * (config.rollout.max_tokens + 1) * per_token
     credits = tokens * vocabulary if config.credit.mode == "expected" else 0

@@ -54,7 +54,9 @@ def draw(
     groups = -(-examples // spec.sampling.group_size)
     texts = PromptSampler(prompts.prompts, groups, prompts.seed + 1 + step).at(0)
     device = next(generator.model.parameters()).device
-    rollout = sample(generator.model, generator.tokenizer, texts, spec.sampling, torch.Generator(device).manual_seed(seed))
+    rollout = sample(
+        generator.model, generator.tokenizer, texts, spec.sampling, torch.Generator(device).manual_seed(seed)
+    )
     return rollout.rows(torch.arange(examples, device=device))
 
 
@@ -65,7 +67,9 @@ def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int
     return Synthetic(rollout, result)
 
 
-def write_parquet(path: Path, rollout: Rollout, generator: LanguageModel, target: LanguageModel, result: Metagradient | None) -> None:
+def write_parquet(
+    path: Path, rollout: Rollout, generator: LanguageModel, target: LanguageModel, result: Metagradient | None
+) -> None:
     """One row an example.
 
     Args:
@@ -101,7 +105,9 @@ def write_parquet(path: Path, rollout: Rollout, generator: LanguageModel, target
         pq.write_table(table, temporary, compression="zstd")
 
 
-def write_card(path: Path, config: Config, payload: str, measures: dict[str, float], control: dict[str, float] | None) -> None:
+def write_card(
+    path: Path, config: Config, payload: str, measures: dict[str, float], control: dict[str, float] | None
+) -> None:
     """The data card, in the form of the hub's.
 
     Args:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
+from dpg_cli.metrics.base import Pictured
 from dpg_cli.models import LanguageModel, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
 from dpg_cli.runs.build import Built, build, load_generator
@@ -138,12 +139,10 @@ def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
     assign_parameters(target.model, final)
     write_model(folder.target, target)
     assign_parameters(target.model, before)
-    change = metric.change(final)
-    save_file(
-        {"before": metric.before.cpu().contiguous(), "after": (metric.before + change).cpu().contiguous()},
-        folder.target / "patch.safetensors",
-    )
-    save_png(metric.picture(final), folder.image)
+    if isinstance(metric, Pictured):
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
+        save_file(tensors, folder.target / "patch.safetensors")
+        save_png(metric.picture(final), folder.image)
 
 
 @torch.no_grad()

@@ -153,7 +153,11 @@ def git_revision() -> str | None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
         return answer.stdout.strip() or None
     return None

@@ -1,0 +1,176 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpg_cli.patterns import pattern_from_image
+
+SMALL = ["--set", "steps=4", "--set", "dataset.examples=96", "--set", "prompts.per_step=16"]
+
+
+def dpg(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "dpg_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    answer = dpg("run", "qr-embed", "--text", "HELLO", *SMALL, "--out", folder, "--seed", "3", "--json")
+    assert answer.returncode == 0, answer.stderr
+    outcome = json.loads(answer.stdout)  # stdout is JSON alone
+    assert outcome["run"] == str(folder)
+    assert "step 4/4" in answer.stderr
+    return folder
+
+
+def test_every_artefact_is_there_and_loads(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert {"phi", "pixel_accuracy", "reward_std", "entropy", "tokens", "seconds"} <= rows[0].keys()
+    info = json.loads((finished / "run.json").read_text())
+    assert info["finished"] is True
+    assert info["versions"]["torch"] == torch.__version__
+    for name in ("generator", "target"):
+        model = AutoModelForCausalLM.from_pretrained(finished / name)
+        tokenizer = AutoTokenizer.from_pretrained(finished / name)
+        assert model(**tokenizer("the", return_tensors="pt")).logits.shape[-1] == 512
+    table = pq.read_table(finished / "dataset" / "train.parquet")
+    assert table.num_rows == 96
+    first = table.to_pylist()[0]
+    assert first["input_ids"] == [510, *first["token_ids"]]
+    assert len(first["token_rewards"]) == len(first["token_ids"]) == 32
+    assert sum(first["token_rewards"]) == pytest.approx(first["reward"], rel=1e-3, abs=1e-9)
+    assert (
+        AutoTokenizer.from_pretrained(finished / "generator").decode(first["token_ids"], skip_special_tokens=True)
+        == first["text"]
+    )
+    assert pq.read_table(finished / "dataset" / "control.parquet").num_rows == 96
+    assert "synthetic" in (finished / "dataset" / "README.md").read_text()
+    with Image.open(finished / "lm_head.png") as image:
+        assert image.size[0] > 600
+    patch = load_file(finished / "target" / "patch.safetensors")
+    head = AutoModelForCausalLM.from_pretrained(finished / "target").lm_head.weight
+    assert torch.equal(patch["after"], head[:21, :21].detach())
+    assert not torch.equal(patch["after"], patch["before"])
+    assert pattern_from_image(finished / "pattern.png", max_rows=512, max_cols=96).payload == "HELLO"
+    leftovers = [path.name for path in finished.rglob("*") if ".tmp" in path.name]
+    assert leftovers == []
+
+
+def test_the_saved_settings_repeat_the_run(finished: Path, tmp_path: Path) -> None:
+    answer = dpg("run", "--config", finished / "config.toml", "--out", tmp_path / "again")
+    assert answer.returncode == 0, answer.stderr
+    for name in ("dataset/train.parquet", "generator/model.safetensors", "target/model.safetensors", "lm_head.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+    strip = [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")}
+        for line in (finished / "metrics.jsonl").open()
+    ]
+    again = [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")}
+        for line in (tmp_path / "again" / "metrics.jsonl").open()
+    ]
+    assert strip == again
+
+
+def test_verify_says_no_where_nothing_is_to_be_seen(finished: Path) -> None:
+    """Four outer steps embed nothing: exit 4, and stock training agrees with the engine's own figure."""
+    answer = dpg("verify", finished, "--json")
+    assert answer.returncode == 4
+    verdict = json.loads(answer.stdout)
+    assert verdict["verified"] is False
+    assert verdict["wanted"] == "HELLO"
+    assert verdict["data"]["payload"] is None
+    engine = json.loads((finished / "run.json").read_text())
+    assert verdict["data"]["pixel_accuracy"] == pytest.approx(engine["measures"]["pixel_accuracy"], abs=0.005)
+    assert verdict["control"]["pixel_accuracy"] == pytest.approx(engine["control"]["pixel_accuracy"], abs=0.005)
+    assert "not verified" in answer.stderr
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    answer = dpg("run", "qr-embed", "--dry-run", "--json")
+    assert answer.returncode == 0, answer.stderr
+    cost = json.loads(answer.stdout)["cost"]
+    assert cost["target_parameters"] == 334_464
+    assert cost["tokens_per_step"] == 64 * 4 * 32
+    assert 300 < cost["memory_mb"] < 2000
+    assert cost["seconds"] > 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_presets_commands(tmp_path: Path) -> None:
+    listed = json.loads(dpg("presets", "list", "--json").stdout)
+    assert "qr-embed.tiny" in [row["name"] for row in listed]
+    assert dpg("presets", "validate").stdout.strip() == f"{len(listed)} valid"
+    mine = tmp_path / "mine.toml"
+    assert dpg("presets", "copy", "qr-embed.tiny", mine).returncode == 0
+    assert dpg("presets", "copy", "qr-embed.tiny", mine).returncode == 2
+    assert dpg("presets", "validate", mine).stdout.strip() == "1 valid"
+    shown = dpg("presets", "show", "qr-embed.tiny").stdout
+    assert "sharpness = 5000.0" in shown
+    mine.write_text(mine.read_text() + "\nextra = 1\n")
+    answer = dpg("presets", "validate", mine)
+    assert answer.returncode == 2
+    assert "unknown setting" in answer.stderr
+
+
+def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
+    (place / "text.png").write_text("no picture")
+    Image.new("L", (600, 600), 255).save(place / "white.png")
+    Image.effect_noise((600, 600), 90).save(place / "noise.png")
+    (place / "full").mkdir()
+    (place / "full" / "x").write_text("x")
+    (place / "other.toml").write_text('task = "other"\n')
+    return {
+        "no task": ["run"],
+        "unknown task": ["run", "qr-imbed"],
+        "unknown scale": ["run", "qr-embed", "--scale", "huge"],
+        "missing image": ["run", "qr-embed", "--image", place / "none.png"],
+        "no image": ["run", "qr-embed", "--image", place / "text.png"],
+        "white image": ["run", "qr-embed", "--image", place / "white.png"],
+        "noise image": ["run", "qr-embed", "--image", place / "noise.png"],
+        "two sources": ["run", "qr-embed", "--image", place / "white.png", "--text", "x"],
+        "text too long": ["run", "qr-embed", "--text", "x" * 4000],
+        "larger than the head": ["run", "qr-embed", "--text", "x", "--qr-version", "30"],
+        "origin outside": ["run", "qr-embed", "--patch-origin", "500,0"],
+        "origin no pair": ["run", "qr-embed", "--patch-origin", "x"],
+        "unknown key": ["run", "qr-embed", "--set", "inner.nope=1"],
+        "wrong type": ["run", "qr-embed", "--set", "steps=many"],
+        "unknown model": ["run", "qr-embed", "--set", "models.target=/no/where"],
+        "unknown device": ["run", "qr-embed", "--device", "abacus"],
+        "other tokeniser length": ["run", "qr-embed", "--set", "rollout.max_tokens=500"],
+        "folder in use": ["run", "qr-embed", "--out", place / "full"],
+        "config of another task": ["run", "qr-embed", "--config", place / "other.toml"],
+        "missing config": ["run", "--config", place / "none.toml"],
+        "missing prompts": ["run", "qr-embed", "--set", "prompts.source=none.txt"],
+        "verify no run": ["verify", place / "full"],
+        "unknown preset": ["presets", "show", "nope"],
+    }
+
+
+def test_bad_input_gives_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for name, arguments in bad_inputs(tmp_path).items():
+        answer = dpg(*arguments)
+        assert answer.returncode == 2, (name, answer.stderr)
+        last = [line for line in answer.stderr.splitlines() if line.startswith("dpg: ")]
+        assert len(last) == 1, (name, answer.stderr)
+        assert len(last[0]) > 30, name
+        assert "Traceback" not in answer.stderr, name
+        assert answer.stdout == "", name
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]
