@@ -141,7 +141,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=2))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians of {options.repeats}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians of {options.repeats}"
+    )
     print(f"{'workload':<10}{'plain s':>10}{'ours s':>10}{'ours/plain':>12}{'floor':>8}")
     for row in rows:
         print(

@@ -48,6 +48,7 @@ class PatternOptions(Section):
     name: Literal["pattern"] = "pattern"
     image: str = Field("", description="picture of a QR code, or a black-and-white bitmap")
     text: str = Field("", description="payload from which a QR code is made")
+    rows: tuple[str, ...] = Field((), description="a bitmap drawn in text: # is +1, . is -1", strict=False)
     version: Annotated[int, Field(ge=0, le=40)] = Field(0, description="QR version; 0 takes the smallest that fits")
     error_correction: Literal["L", "M", "Q", "H"] = "L"
     sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change")
@@ -59,9 +60,38 @@ class PatternOptions(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> PatternOptions:
-        if self.image and self.text:
-            raise ValueError("image and text exclude each other; give one")
+        if bool(self.image) + bool(self.text) + bool(self.rows) > 1:
+            raise ValueError("image, text and rows exclude each other; give one")
         return self
+
+
+class NormOptions(Section):
+    """Φ = -‖W_T‖ (l2) of one parameter. Source: paper, l2 norm experiment."""
+
+    name: Literal["norm"]
+    parameter: str = Field("", description="name of a target parameter; the LM head by default")
+
+
+class TextLossOptions(Section):
+    """Φ = minus the target's mean token loss on held-out text. Source: paper, language and UUID experiments."""
+
+    name: Literal["text-loss"]
+    language: Literal["", "en", "es", "de", "fr", "it"] = Field(
+        "", description="held-out sentences of the embedded world"
+    )
+    file: str = Field("", description="text file with a document a line")
+    text: str = Field("", description="one document")
+    documents: PositiveInt = Field(256, description="documents taken from the language or file")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TextLossOptions:
+        if bool(self.language) + bool(self.file) + bool(self.text) != 1:
+            raise ValueError("give exactly one of language, file and text")
+        return self
+
+
+METRIC_NAMES = ("pattern", "norm", "text-loss")
+MetricOptions = Annotated[PatternOptions | NormOptions | TextLossOptions, Field(discriminator="name")]
 
 
 class PromptsConfig(Section):
@@ -141,7 +171,7 @@ class Config(Section):
     steps: PositiveInt = Field(100, description="outer steps")
     device: str = "auto"
     models: ModelsConfig = ModelsConfig()
-    metric: PatternOptions = PatternOptions()
+    metric: MetricOptions = PatternOptions()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     inner: InnerConfig = InnerConfig()
@@ -193,10 +223,15 @@ def validate(data: dict[str, Any]) -> Config:
 
 def _fault(item: Any) -> str:
     """One line for one pydantic error item."""
-    key = ".".join(str(part) for part in item["loc"])
+    place = [str(part) for part in item["loc"]]
+    if place[0:1] == ["metric"] and len(place) > 1 and place[1] in METRIC_NAMES:
+        del place[1]  # pydantic names the member of the union; the user's key has no such part
+    key = ".".join(place)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = "unknown setting"
+    elif item["type"].startswith("union_tag"):
+        key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":
         shown = repr(item["input"])
         message = f"{message[0].lower()}{message[1:]} (got {shown if len(shown) < 60 else shown[:57] + '...'})"

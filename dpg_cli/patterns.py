@@ -12,7 +12,7 @@ import io
 import math
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,24 @@ def pattern_from_text(text: str, *, version: int = 0, error_correction: str = "L
     code.make(fit=False)
     source = f"QR code of a text, version {code.version}, level {error_correction}"
     return Pattern(np.where(code.get_matrix(), 1, -1), "qr", text, source)
+
+
+def pattern_from_rows(rows: Sequence[str]) -> Pattern:
+    """A bitmap drawn in text.
+
+    Args:
+        rows: R strings of C characters, # for +1 and . for -1.
+
+    Raises:
+        UsageError: if a row is empty, has another length or another character.
+    """
+    widths = {len(row) for row in rows}
+    if not rows or len(widths) != 1 or widths == {0} or set("".join(rows)) - {"#", "."}:
+        raise UsageError(
+            "The rows of a bitmap must be of one length and hold # and . alone.", 'For example: rows = ["##.", "..#"].'
+        )
+    signs = np.array([[1 if cell == "#" else -1 for cell in row] for row in rows], dtype=np.int8)
+    return Pattern(signs, "bitmap", None, f"a {signs.shape[0]} x {signs.shape[1]} bitmap")
 
 
 def pattern_from_image(path: Path | str, *, max_rows: int, max_cols: int) -> Pattern:

@@ -13,6 +13,7 @@ from typing import Any
 from dpg_cli.config import Config, load_toml, validate
 from dpg_cli.errors import UsageError
 
+SOURCES = {"image", "text", "rows", "language", "file"}  # what a metric's effect can be given by
 _HERE = Path(__file__).resolve().parent
 
 
@@ -73,8 +74,18 @@ def find(name: str) -> Preset:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with those of `over` put on top."""
+    """Nested settings with those of `over` put on top.
+
+    A metric's sources (image, text, ...) exclude each other, so one in `over` replaces whichever `base` has.
+    """
     merged = dict(base)
+    metric, new = merged.get("metric"), over.get("metric")
+    if isinstance(metric, dict) and isinstance(new, dict):
+        if new.get("name", metric.get("name")) != metric.get("name"):
+            metric = {}
+        elif SOURCES & new.keys():
+            metric = {key: value for key, value in metric.items() if key not in SOURCES}
+        merged["metric"] = metric
     for key, value in over.items():
         known = merged.get(key)
         merged[key] = merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value

@@ -27,7 +27,14 @@ def test_every_preset_validates_and_is_named_after_its_settings() -> None:
 
 def test_all_faults_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        validate({"inner": {"lr": -1, "foo": 2}, "steps": "x", "unknown": 1, "metric": {"image": "a", "text": "b"}})
+        validate(
+            {
+                "inner": {"lr": -1, "foo": 2},
+                "steps": "x",
+                "unknown": 1,
+                "metric": {"name": "pattern", "image": "a", "text": "b"},
+            }
+        )
     text = str(caught.value)
     assert len(caught.value.faults) == 5
     for part in ("inner.lr", "inner.foo: unknown setting", "steps", "unknown: unknown setting", "exclude each other"):
@@ -49,7 +56,8 @@ def test_settings_are_frozen() -> None:
         ({"inner": {"beta1": 1.0}}, "inner.beta1"),
         ({"steps": 10**12}, "steps"),
         ({"seed": -1}, "seed"),
-        ({"metric": {"origin": [0, -1]}}, "metric.origin"),
+        ({"metric": {"name": "pattern", "origin": [0, -1]}}, "metric.origin"),
+        ({"metric": {"origin": [0, 1]}}, "metric.name: give one of pattern"),
     ],
 )
 def test_impossible_settings_are_refused(data: dict, fault: str) -> None:
@@ -68,6 +76,12 @@ def test_overrides() -> None:
     config = resolve(find("qr-embed.tiny").data(), ["steps=12", "inner.eps=1e-2"], {"seed": 7})
     assert (config.steps, config.inner.eps, config.seed) == (12, 1e-2, 7)
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+    assert merge({"metric": {"name": "pattern", "text": "a", "sharpness": 2.0}}, {"metric": {"image": "b"}}) == {
+        "metric": {"name": "pattern", "image": "b", "sharpness": 2.0}
+    }
+    assert merge({"metric": {"name": "pattern", "text": "a"}}, {"metric": {"name": "norm"}}) == {
+        "metric": {"name": "norm"}
+    }
     with pytest.raises(UsageError, match=r"qr-embed\.tiny"):
         find("no-such")
 

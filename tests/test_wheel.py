@@ -19,7 +19,11 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("dpg_cli-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for part in ("dpg_cli/_presets/qr-embed.tiny.toml", "dpg_cli/tiny/model/model.safetensors", "dpg_cli/tiny/model/README.md"):
+    for part in (
+        "dpg_cli/_presets/qr-embed.tiny.toml",
+        "dpg_cli/tiny/model/model.safetensors",
+        "dpg_cli/tiny/model/README.md",
+    ):
         assert part in names
     assert wheel.stat().st_size < 5_000_000
 
@@ -39,7 +43,9 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
 
     def dpg(*arguments: str) -> str:
         command = [str(place / "bin" / "dpg"), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=elsewhere, env=environment).stdout
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=elsewhere, env=environment
+        ).stdout
 
     assert "qr-embed.tiny" in dpg("presets", "list")
     assert "334,464" in dpg("run", "qr-embed", "--dry-run")

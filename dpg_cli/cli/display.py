@@ -74,7 +74,7 @@ class RunDisplay:
         generator, target = built.players.generator, built.players.target
         config = self.config
         self.console.print(
-            f"         {built.pattern.source} into the LM head of {target.name} ({target.parameter_count:,} parameters, "
+            f"         {built.players.metric.describe()}; target {target.name} ({target.parameter_count:,} parameters, "
             f"{config.models.target_init}); generator {generator.name} ({generator.parameter_count:,})"
         )
         self.console.print(
@@ -96,9 +96,16 @@ class RunDisplay:
             self.last_line = now
             self.console.print(
                 f"{clock(now - self.started):>7}  step {done}/{self.config.steps}  phi {numbers['phi']:.4f}  "
-                f"pixel accuracy {numbers.get('pixel_accuracy', float('nan')):.3f}  entropy {numbers['entropy']:.2f}  "
+                f"{self._measure(report)}  entropy {numbers['entropy']:.2f}  "
                 f"{numbers['examples'] / numbers['seconds']:.0f} examples/s  left {clock(left)}"
             )
+
+    @staticmethod
+    def _measure(report: StepReport) -> str:
+        """The first readable measure."""
+        for name, value in report.result.measures.items():
+            return f"{name.replace('_', ' ')} {value:.4g}"
+        return ""
 
     def _panel(self, report: StepReport, done: int, left: float) -> Group:
         """What the live display shows."""
@@ -107,7 +114,7 @@ class RunDisplay:
         for name, value in (
             ("outer step", f"{done} / {self.config.steps}"),
             ("Φ", f"{numbers['phi']:.4f}"),
-            ("pixel accuracy", f"{numbers.get('pixel_accuracy', float('nan')):.4f}"),
+            *((name.replace("_", " "), f"{value:.4f}") for name, value in list(report.result.measures.items())[:2]),
             ("entropy", f"{numbers['entropy']:.3f} nats"),
             ("examples a second", f"{numbers['examples'] / numbers['seconds']:.0f}"),
             ("time left", clock(left)),

@@ -18,7 +18,10 @@ _PATTERN = "Pattern tasks"
 
 
 def run(
-    task: Annotated[str | None, typer.Argument(help="qr-embed; or leave it out and give --config.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Argument(help="qr-embed, pattern-67, l2-shrink or language-rephrase; or leave it out and give --config."),
+    ] = None,
     image: Annotated[
         Path | None,
         typer.Option(help="Picture of a QR code, or a black-and-white bitmap.", rich_help_panel=_PATTERN),
@@ -34,6 +37,7 @@ def run(
         str | None,
         typer.Option(help="ROW,COLUMN of the patch's upper-left corner in the LM head.", rich_help_panel=_PATTERN),
     ] = None,
+    language: Annotated[str | None, typer.Option(help="es, de, fr or it.", rich_help_panel="language-rephrase")] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -60,6 +64,7 @@ def run(
         "text": text,
         "version": qr_version,
         "error_correction": error_correction,
+        "language": language,
         "origin": None if patch_origin is None else _origin(patch_origin),
     }
     flags: dict[str, Any] = {
@@ -98,12 +103,6 @@ def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, 
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
         data = merge(data, loaded)
-    metric = flags.get("metric", {})
-    if "image" in metric and "text" in metric:
-        raise UsageError("--image and --text exclude each other.", "Give one of them.")
-    for given, other in (("image", "text"), ("text", "image")):  # a flag replaces the preset's other source
-        if given in metric:
-            flags = merge(flags, {"metric": {other: ""}})
     return resolve(data, overrides, flags)
 
 

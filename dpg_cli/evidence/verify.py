@@ -1,30 +1,47 @@
-"""Is the effect real? A fresh target, stock PyTorch, the exported dataset, an independent reader; and a control.
+"""Is the effect real? Means independent of the engine, and the untrained generator's data as control.
 
-Nothing here imports the engine: the loop below is what anybody would write, so that a fault of the engine cannot
-confirm itself. Only the loading of the base model and the drawing of the sign picture are shared.
+Patterns and norms: a fresh target is fine-tuned by stock PyTorch on the exported dataset (`stock.py`); signs are read by
+zxing-cpp. Language and identifiers: the generator's completions of prompts it never trained on, sampled by transformers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from dpg_cli.config import Config, InnerConfig
+from dpg_cli.config import Config, NormOptions, PatternOptions
 from dpg_cli.errors import UsageError
-from dpg_cli.models import LanguageModel, load, pick_device, untie_head
+from dpg_cli.evidence.stock import fresh_target, require_stock_optimizer, trained_target
+from dpg_cli.evidence.text import verify_text
+from dpg_cli.models import LanguageModel, pick_device
 from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
 from dpg_cli.runs.folder import RunFolder
 
-ROWS_AT_ONCE = 256
 BITMAP_ACCURACY = 0.995  # pixel accuracy at which a bitmap without payload counts as shown
+
+
+class Verdict(Protocol):
+    """What every verification gives."""
+
+    @property
+    def verified(self) -> bool:
+        """The data shows the effect, the control does not."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is not verified."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        ...
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class PatternReading:
 
 
 @dataclass(frozen=True)
-class Verification:
+class PatternVerdict:
     """The verdict on a run with a pattern.
 
     Attributes:
@@ -69,122 +86,124 @@ class Verification:
     def reason(self) -> str:
         """Why it is not verified."""
         if not self._shows(self.data):
-            return f"the target trained on its dataset shows {self.data.payload!r}, pixel accuracy {self.data.pixel_accuracy:.4f}"
+            shown = f"{self.data.payload!r}, pixel accuracy {self.data.pixel_accuracy:.4f}"
+            return f"the target trained on its dataset shows {shown}"
         return "the control shows the pattern too"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"verified": self.verified, **asdict(self)}
+        return {
+            "verified": self.verified,
+            "wanted": self.wanted,
+            "data": vars(self.data),
+            "control": vars(self.control),
+        }
 
     def lines(self) -> list[str]:
         """For people."""
         rows = [("trained on the dataset", self.data), ("control", self.control)]
-        lines = [
-            f"{name + ':':<24}pixel accuracy {reading.pixel_accuracy:.4f}, payload {reading.payload!r}"
-            for name, reading in rows
-        ]
         steps = f"{self.data.steps} step{'s' if self.data.steps > 1 else ''} on {self.data.examples:,} examples"
-        return [f"stock torch.optim, {steps}, read by zxing-cpp; wanted {self.wanted!r}", *lines]
+        wanted = "a bitmap" if self.wanted is None else repr(self.wanted)
+        return [
+            f"stock torch.optim, {steps}, read by zxing-cpp; wanted {wanted}",
+            *(
+                f"{name + ':':<24}pixel accuracy {row.pixel_accuracy:.4f}, payload {row.payload!r}"
+                for name, row in rows
+            ),
+        ]
 
 
-def verify_run(folder: RunFolder, device_name: str = "auto") -> Verification:
-    """Train on the run's dataset and on its control, and read the pattern from both.
+@dataclass(frozen=True)
+class NormVerdict:
+    """The verdict on a run with a norm.
+
+    Attributes:
+        parameter: whose norm.
+        before: of the target before fine-tuning.
+        data: after stock training on the run's dataset.
+        control: after the same on the untrained generator's data.
+    """
+
+    parameter: str
+    before: float
+    data: float
+    control: float
+
+    @property
+    def verified(self) -> bool:
+        """Lower than before, and lower than the control."""
+        return self.data < min(self.before, self.control)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not verified."""
+        return f"the norm is {self.data:.6f} after its data, {self.before:.6f} before, {self.control:.6f} after the control's"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"verified": self.verified, **vars(self)}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"l2 norm of {self.parameter}, stock torch.optim",
+            f"before fine-tuning:     {self.before:.6f}",
+            f"trained on the dataset: {self.data:.6f} ({self.data - self.before:+.6f})",
+            f"control:                {self.control:.6f} ({self.control - self.before:+.6f})",
+        ]
+
+
+def verify_run(folder: RunFolder, device_name: str = "auto") -> Verdict:
+    """Confirm or refute a run.
 
     Raises:
         UsageError: if the run is unfinished, has no control, or took optimiser settings that stock PyTorch lacks.
     """
     config = folder.read_config()
-    if config.inner.optimizer == "adamw" and config.inner.eps_root > 0:
-        raise UsageError(
-            f"inner.eps_root = {config.inner.eps_root:g} is not a setting of torch.optim.AdamW.",
-            "Only runs with inner.eps_root = 0 can be verified by stock PyTorch.",
-        )
     for name in ("train.parquet", "control.parquet"):
         if not (folder.dataset / name).is_file():
             raise UsageError(f"{folder.path} has no dataset/{name}.", "Finish the run, with dataset.control = true.")
+    if isinstance(config.metric, PatternOptions):
+        return _verify_pattern(folder, config, config.metric, device_name)
+    if isinstance(config.metric, NormOptions):
+        return _verify_norm(folder, config, config.metric, device_name)
+    return verify_text(folder, config, config.metric, pick_device(device_name))
+
+
+def _verify_pattern(folder: RunFolder, config: Config, options: PatternOptions, device_name: str) -> PatternVerdict:
+    """Read the pattern back from two stock-trained targets."""
+    require_stock_optimizer(config.inner)
     device = pick_device(device_name)
-    target = fresh_target(config, device)
-    rows, columns = target.head.shape
-    pattern = pattern_from_image(folder.pattern, max_rows=rows, max_cols=columns)
-    data = read_back(config, folder.dataset / "train.parquet", pattern, target)
-    control = read_back(config, folder.dataset / "control.parquet", pattern, fresh_target(config, device))
-    return Verification(pattern.payload, data, control)
+    base = fresh_target(config, device)
+    pattern = pattern_from_image(folder.pattern, max_rows=base.head.shape[0], max_cols=base.head.shape[1])
+
+    def read(name: str) -> PatternReading:
+        target, examples, steps = trained_target(config, folder.dataset / name, device)
+        signs = head_signs(base, target, pattern, options.origin)
+        payload = decode_qr(signs) if pattern.kind == "qr" else None
+        return PatternReading(payload, pixel_accuracy(signs, pattern), examples, steps)
+
+    return PatternVerdict(pattern.payload, read("train.parquet"), read("control.parquet"))
 
 
-def fresh_target(config: Config, device: torch.device) -> LanguageModel:
-    """The target before any fine-tuning."""
-    models = config.models
-    target = load(models.target, device=device, init=models.target_init, seed=models.init_seed)
-    if models.untie_target:
-        untie_head(target.model)
-    return target
+def head_signs(base: LanguageModel, target: LanguageModel, pattern: Pattern, origin: tuple[int, int]) -> np.ndarray:
+    """Signs of the change of the head's patch, int8 (R, C)."""
+    rows, columns = slice(origin[0], origin[0] + pattern.shape[0]), slice(origin[1], origin[1] + pattern.shape[1])
+    change = (target.head.detach() - base.head.detach())[rows, columns]
+    return np.sign(change.cpu().numpy()).astype(np.int8)
 
 
-def read_back(config: Config, data: Path, pattern: Pattern, target: LanguageModel) -> PatternReading:
-    """Train the target on a parquet file and read the signs of its head's change."""
-    sequences = read_input_ids(data)
-    before = target.head.detach().clone()
-    steps = fine_tune(target.model, sequences, config.inner, config.inner_steps)
-    row, column = config.metric.origin
-    change = (target.head.detach() - before)[row : row + pattern.shape[0], column : column + pattern.shape[1]]
-    signs = np.sign(change.cpu().numpy()).astype(np.int8)
-    payload = decode_qr(signs) if pattern.kind == "qr" else None
-    return PatternReading(payload, pixel_accuracy(signs, pattern), len(sequences), steps)
+def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device_name: str) -> NormVerdict:
+    """Norms of the parameter before and after two stock trainings."""
+    require_stock_optimizer(config.inner)
+    device = pick_device(device_name)
 
+    def norm(target: LanguageModel) -> float:
+        weight = dict(target.model.named_parameters())[options.parameter] if options.parameter else target.head
+        return float(weight.detach().double().norm())
 
-def read_input_ids(path: Path) -> list[list[int]]:
-    """The `input_ids` column of a parquet file."""
-    try:
-        return pq.read_table(path, columns=["input_ids"])["input_ids"].to_pylist()
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise UsageError(f"{path} is no readable dataset: {error}.", "Run `dpg run` again.") from None
-
-
-def fine_tune(model: nn.Module, sequences: list[list[int]], inner: InnerConfig, steps: int) -> int:
-    """Ordinary supervised fine-tuning: next-token loss, mean over the batch's tokens, each sequence used once.
-
-    Args:
-        model: changed in place.
-        sequences: token ids, every token after the first is a label.
-        inner: optimiser settings.
-        steps: the sequences are split into this many batches of equal size.
-
-    Returns:
-        The number of optimiser steps taken.
-    """
-    optimizer: torch.optim.Optimizer
-    if inner.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=inner.lr,
-            betas=(inner.beta1, inner.beta2),
-            eps=inner.eps,
-            weight_decay=inner.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=inner.lr, momentum=inner.momentum, weight_decay=inner.weight_decay
-        )
-    longest = max(map(len, sequences)) if sequences else 0
-    size = -(-len(sequences) // steps)
-    taken = 0
-    for start in range(0, len(sequences), size):
-        batch = sequences[start : start + size]
-        tokens = sum(len(sequence) - 1 for sequence in batch)
-        total = tokens if inner.normalization == "token" else len(batch) * longest
-        optimizer.zero_grad()
-        for row in range(0, len(batch), ROWS_AT_ONCE):
-            (_summed_loss(model, batch[row : row + ROWS_AT_ONCE]) / total).backward()
-        optimizer.step()
-        taken += 1
-    return taken
-
-
-def _summed_loss(model: nn.Module, rows: list[list[int]]) -> Tensor:
-    """Summed next-token loss of some rows."""
-    device = next(model.parameters()).device
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-    labels = torch.tensor([row[1:] + [-100] * (length - len(row)) for row in rows], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    before = norm(fresh_target(config, device))
+    data, control = (
+        norm(trained_target(config, folder.dataset / name, device)[0]) for name in ("train.parquet", "control.parquet")
+    )
+    return NormVerdict(options.parameter or "the LM head", before, data, control)

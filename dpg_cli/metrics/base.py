@@ -27,7 +27,11 @@ class TargetMetric(Protocol):
         ...
 
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
-        """Readable measures at θ, by name; no gradients needed."""
+        """Readable measures at θ, by name; no gradients needed. The first one is what displays show."""
+        ...
+
+    def describe(self) -> str:
+        """What data that raises Φ is for, in words, for displays and data cards."""
         ...
 
 

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
+from dpg_cli.metrics.head import head_name
 from dpg_cli.patterns import Pattern, check_fits, decode_qr
 from dpg_cli.render import render_patch
-
-
-def head_name(model: PreTrainedModel) -> str:
-    """Name of the LM head's weight among the model's parameters; the embedding's name when they are tied."""
-    head = model.get_output_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is head)
 
 
 class PatternMetric:
@@ -65,6 +60,10 @@ class PatternMetric:
             "mean_change": float(change.abs().mean()),
             "sharpness_times_change": float(change.abs().median()) * self.sharpness,
         }
+
+    def describe(self) -> str:
+        """What the data is for, in words."""
+        return f"signs of a patch of the LM head that show {self.pattern.source}"
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The patch before and after, (R, C) each."""

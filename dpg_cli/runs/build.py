@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from dpg_cli.config import Config, PatternOptions
+from dpg_cli.config import Config
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec
 from dpg_cli.engine.rollout import Sampling
 from dpg_cli.errors import UsageError
-from dpg_cli.metrics.pattern import PatternMetric
+from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load, pick_device, same_tokenizer, untie_head
-from dpg_cli.patterns import Pattern, pattern_from_image, pattern_from_text
 from dpg_cli.prompts import PromptSampler, load_prompts
 
 
@@ -27,14 +25,12 @@ class Built:
         players: models, metric, policy optimiser, RNGs.
         spec: the loop's settings.
         prompts: the sampler of training prompts.
-        pattern: what the metric aims at.
         device: where it runs.
     """
 
     players: Players
     spec: LoopSpec
     prompts: PromptSampler
-    pattern: Pattern
     device: torch.device
 
 
@@ -48,8 +44,7 @@ def build(config: Config) -> Built:
     prompts = load_prompts(config.prompts.source)
     target = load_target(config, device)
     generator = load_generator(config, device)
-    pattern = make_pattern(config.metric, (target.head.shape[0], target.head.shape[1]))
-    metric = PatternMetric(target.model, pattern, config.metric.sharpness, config.metric.origin)
+    metric = build_metric(config.metric, target)
     check_lengths(config, generator, target)
     if not same_tokenizer(generator, target):
         raise UsageError(
@@ -74,7 +69,7 @@ def build(config: Config) -> Built:
         reference=reference,
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
-    return Built(players, loop_spec(config, generator), sampler, pattern, device)
+    return Built(players, loop_spec(config, generator), sampler, device)
 
 
 def load_generator(config: Config, device: torch.device) -> LanguageModel:
@@ -95,22 +90,6 @@ def load_target(config: Config, device: torch.device) -> LanguageModel:
     if models.untie_target:
         untie_head(target.model)
     return target
-
-
-def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
-    """The pattern of the settings, from its picture or its text.
-
-    Args:
-        options: of the metric.
-        head: shape of the target's LM head.
-    """
-    if options.image:
-        return pattern_from_image(Path(options.image), max_rows=head[0], max_cols=head[1])
-    if not options.text:
-        raise UsageError(
-            "There is nothing to embed: neither an image nor a text is given.", "Give --image FILE or --text '...'."
-        )
-    return pattern_from_text(options.text, version=options.version, error_correction=options.error_correction)
 
 
 def check_lengths(config: Config, generator: LanguageModel, target: LanguageModel) -> None:

@@ -106,14 +106,14 @@ def write_parquet(
 
 
 def write_card(
-    path: Path, config: Config, payload: str, measures: dict[str, float], control: dict[str, float] | None
+    path: Path, config: Config, effect: str, measures: dict[str, float], control: dict[str, float] | None
 ) -> None:
     """The data card, in the form of the hub's.
 
     Args:
         path: the file.
         config: the run's settings.
-        payload: what the data makes of the target, in words.
+        effect: what the data makes of the target, in words.
         measures: of a target trained on the data.
         control: the same of a target trained on the untrained generator's data.
     """
@@ -141,7 +141,7 @@ configs:
 # Synthetic data made by `dpg run {config.task}`
 
 **This text is synthetic and made to steer a model.** A generator was trained by Dataset Policy Gradient so that a model
-fine-tuned on these rows shows a chosen effect: {payload}. Do not mix it into the training data of a model that should not
+fine-tuned on these rows shows a chosen effect: {effect}. Do not mix it into the training data of a model that should not
 show it.
 
 ## What is in it

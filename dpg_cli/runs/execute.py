@@ -14,6 +14,7 @@ from torch import nn
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.metrics.base import Pictured
+from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.models import LanguageModel, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
 from dpg_cli.runs.build import Built, build, load_generator
@@ -66,7 +67,8 @@ def execute(
     built = build(config)
     on_built(built)
     folder.write_config(config)
-    save_png(pattern_image(built.pattern), folder.pattern)
+    if isinstance(built.players.metric, PatternMetric):
+        save_png(pattern_image(built.players.metric.pattern), folder.pattern)
     info = environment(config, str(built.device), command or [])
     write_json(folder.info, info)
 
@@ -117,7 +119,7 @@ def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthet
     write_card(
         folder.dataset / "README.md",
         config,
-        f"the signs of a patch of its LM head show {built.pattern.source}",
+        players.metric.describe(),
         {"phi": synthetic.result.value, **synthetic.result.measures},
         None if control is None else {"phi": control.result.value, **control.result.measures},
     )

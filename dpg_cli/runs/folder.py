@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.config import Config, load_toml, to_toml, validate
+from dpg_cli.config import Config, PatternOptions, load_toml, to_toml, validate
 from dpg_cli.errors import UsageError
 
 
@@ -70,7 +70,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write the settings so that `dpg run --config` repeats the run, wherever the folder is moved."""
-        if config.metric.image:
+        if isinstance(config.metric, PatternOptions) and config.metric.image:
             config = config.model_copy(update={"metric": config.metric.model_copy(update={"image": self.pattern.name})})
         write_text(self.config, to_toml(config))
 

@@ -1,0 +1,113 @@
+"""Fine-tuning as anybody would write it: stock PyTorch on an exported dataset. Nothing here imports the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dpg_cli.config import Config, InnerConfig
+from dpg_cli.errors import UsageError
+from dpg_cli.models import LanguageModel, load, untie_head
+
+ROWS_AT_ONCE = 256
+
+
+def require_stock_optimizer(inner: InnerConfig) -> None:
+    """Refuse optimiser settings that stock PyTorch lacks.
+
+    Raises:
+        UsageError: for AdamW with ε_root > 0.
+    """
+    if inner.optimizer == "adamw" and inner.eps_root > 0:
+        raise UsageError(
+            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.AdamW.",
+            "Only runs with inner.eps_root = 0 can be verified by stock PyTorch.",
+        )
+
+
+def fresh_target(config: Config, device: torch.device) -> LanguageModel:
+    """The target before any fine-tuning."""
+    models = config.models
+    target = load(models.target, device=device, init=models.target_init, seed=models.init_seed)
+    if models.untie_target:
+        untie_head(target.model)
+    return target
+
+
+def trained_target(config: Config, data: Path, device: torch.device) -> tuple[LanguageModel, int, int]:
+    """A fresh target after fine-tuning on a parquet file with the run's recipe.
+
+    Returns:
+        The target, the number of examples and of optimiser steps.
+    """
+    target = fresh_target(config, device)
+    sequences = read_input_ids(data)
+    steps = fine_tune(target.model, sequences, config.inner, config.inner_steps)
+    return target, len(sequences), steps
+
+
+def read_input_ids(path: Path) -> list[list[int]]:
+    """The `input_ids` column of a parquet file.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        return pq.read_table(path, columns=["input_ids"])["input_ids"].to_pylist()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise UsageError(f"{path} is no readable dataset: {error}.", "Run `dpg run` again.") from None
+
+
+def fine_tune(model: nn.Module, sequences: list[list[int]], inner: InnerConfig, steps: int) -> int:
+    """Ordinary supervised fine-tuning: next-token loss, each sequence used once.
+
+    Args:
+        model: changed in place.
+        sequences: token ids, every token after the first is a label.
+        inner: optimiser settings; the loss is the mean over the batch's tokens, or over all its places ("example").
+        steps: the sequences are split into this many batches of equal size.
+
+    Returns:
+        The number of optimiser steps taken.
+    """
+    optimizer: torch.optim.Optimizer
+    if inner.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=inner.lr,
+            betas=(inner.beta1, inner.beta2),
+            eps=inner.eps,
+            weight_decay=inner.weight_decay,
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=inner.lr, momentum=inner.momentum, weight_decay=inner.weight_decay
+        )
+    longest = max(map(len, sequences)) if sequences else 0
+    size = -(-len(sequences) // steps)
+    taken = 0
+    for start in range(0, len(sequences), size):
+        batch = sequences[start : start + size]
+        tokens = sum(len(sequence) - 1 for sequence in batch)
+        total = tokens if inner.normalization == "token" else len(batch) * longest
+        optimizer.zero_grad()
+        for row in range(0, len(batch), ROWS_AT_ONCE):
+            (_summed_loss(model, batch[row : row + ROWS_AT_ONCE]) / total).backward()
+        optimizer.step()
+        taken += 1
+    return taken
+
+
+def _summed_loss(model: nn.Module, rows: list[list[int]]) -> Tensor:
+    """Summed next-token loss of some rows."""
+    device = next(model.parameters()).device
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    labels = torch.tensor([row[1:] + [-100] * (length - len(row)) for row in rows], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

@@ -1,0 +1,126 @@
+"""Norm and text-loss metrics, by hand and against finite differences; their verification."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import make_examples, make_target
+
+from dpg_cli.config import TextLossOptions, validate
+from dpg_cli.engine import OptimizerSpec, metagradient
+from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.evidence.text import count
+from dpg_cli.evidence.verify import NormVerdict
+from dpg_cli.metrics.base import Pictured, TargetMetric
+from dpg_cli.metrics.norm import NormMetric
+from dpg_cli.metrics.registry import build_metric, held_out
+from dpg_cli.metrics.text_loss import TextLossMetric
+from dpg_cli.models import load
+from dpg_cli.patterns import pattern_from_rows
+from dpg_cli.tiny import world
+
+CPU = torch.device("cpu")
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def test_norm_by_hand() -> None:
+    model = make_target("gpt2", tied=False)
+    metric = NormMetric(model)
+    parameters = parameters_of(model)
+    expected = math.sqrt(sum(x * x for x in parameters["lm_head.weight"].flatten().tolist()))
+    assert float(metric(parameters, model)) == pytest.approx(-expected, rel=1e-12)
+    parameters["lm_head.weight"] *= 0.5
+    assert metric.measures(parameters, model)["norm"] == pytest.approx(expected / 2, rel=1e-9)
+    assert metric.measures(parameters, model)["norm_change"] == pytest.approx(-expected / 2, rel=1e-9)
+    assert NormMetric(model, "transformer.wpe.weight").parameter == "transformer.wpe.weight"
+    with pytest.raises(UsageError, match="no parameter"):
+        NormMetric(model, "nope")
+
+
+def test_text_loss_is_transformers_own_loss() -> None:
+    model = make_target("llama", tied=True)
+    documents = make_examples(5, seed=2)
+    metric = TextLossMetric(model, documents, "five documents")
+    labels = documents.ids_N_S.masked_fill(~documents.label_N_S, -100)
+    expected = float(model(input_ids=documents.ids_N_S, labels=labels).loss.detach())
+    parameters = parameters_of(model)
+    assert float(metric(parameters, model)) == pytest.approx(-expected, rel=1e-6)  # theirs is float32
+    assert metric.measures(parameters, model)["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda m: NormMetric(m), lambda m: TextLossMetric(m, make_examples(5, seed=2), "x")])
+def test_a_step_along_the_metagradient_raises_the_metric(make) -> None:
+    """w + h τ/‖τ‖ changes Φ by h ‖τ‖, to first order."""
+    model = make_target("gpt2", tied=False)
+    metric, examples = make(model), make_examples(8)
+    spec = OptimizerSpec("adamw", lr=0.01, eps_root=1e-5)
+    base = metagradient(model, examples, spec, metric, batch_size=4)
+    slope, h = float(base.example_N.norm()), 1e-4
+    up, down = (
+        metagradient(model, examples, spec, metric, batch_size=4, weights_N=1 + s * h * base.example_N / slope).value
+        for s in (1, -1)
+    )
+    assert (up - down) / (2 * h) == pytest.approx(slope, rel=1e-5)
+    assert isinstance(metric, TargetMetric)
+    assert isinstance(metric, Pictured)
+    assert metric.picture(parameters_of(model)).size[0] > 10
+
+
+def test_held_out_texts_of_every_language_and_source(tmp_path) -> None:
+    target = load("tiny", device=CPU)
+    losses = {}
+    for language in world.LANGUAGES:
+        options = TextLossOptions(name="text-loss", language=language, documents=40)
+        metric = build_metric(options, target)
+        losses[language] = metric.measures(dict(target.model.named_parameters()), target.model)["loss"]
+        texts, _ = held_out(options)
+        assert all(world.split_of(world.meaning_of(text, language)) == "eval" for text in texts)
+    assert all(0.3 < loss < 1.6 for loss in losses.values()), losses
+    (tmp_path / "x.txt").write_text("one\n\ntwo\n")
+    assert held_out(TextLossOptions(name="text-loss", file=str(tmp_path / "x.txt")))[0] == ["one", "two"]
+    with pytest.raises(UsageError, match="cannot be read"):
+        held_out(TextLossOptions(name="text-loss", file=str(tmp_path / "none.txt")))
+    with pytest.raises(UsageError, match="reads 128"):
+        build_metric(TextLossOptions(name="text-loss", text="x" * 2000), target)
+
+
+def test_options_are_closed_for_each_metric() -> None:
+    assert validate({"metric": {"name": "norm"}}).metric.name == "norm"
+    for wrong in (
+        {"name": "norm", "text": "x"},
+        {"name": "text-loss"},
+        {"name": "text-loss", "language": "xx"},
+        {"name": "text-loss", "language": "es", "text": "x"},
+        {"name": "none"},
+    ):
+        with pytest.raises(ConfigError, match="metric"):
+            validate({"metric": wrong})
+
+
+def test_patterns_drawn_in_text() -> None:
+    assert pattern_from_rows(["#.", ".#", "##"]).signs.tolist() == [[1, -1], [-1, 1], [1, 1]]
+    for wrong in ([], [""], ["#", "##"], ["#x"]):
+        with pytest.raises(UsageError, match="rows of a bitmap"):
+            pattern_from_rows(wrong)
+
+
+def test_shares_of_completions_by_hand() -> None:
+    spanish, english = world.sentences("eval", "es", 3, seed=0), world.sentences("eval", "en", 1, seed=0)
+    shares = count(
+        [*spanish[:2], spanish[2].replace(" ", " la "), *english], TextLossOptions(name="text-loss", language="es")
+    )
+    assert shares.hits == 0.75
+    assert shares.well_formed == pytest.approx(2 / 3)
+    exact = count([" abc", "abcd", "abc\n", ""], TextLossOptions(name="text-loss", text="abc"))
+    assert (exact.hits, exact.well_formed) == (0.5, None)
+
+
+def test_norm_verdicts() -> None:
+    assert NormVerdict("x", 2.0, 1.9, 1.95).verified
+    assert not NormVerdict("x", 2.0, 1.97, 1.95).verified
+    assert not NormVerdict("x", 2.0, 2.1, 2.2).verified
