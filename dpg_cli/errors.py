@@ -41,6 +41,12 @@ class ConfigError(UsageError):
         super().__init__("; ".join(self.faults) + ".", remedy)
 
 
+class InterruptedRunError(DpgError):
+    """The user stopped a run. Exit code 130."""
+
+    exit_code = 130
+
+
 class DegenerateError(DpgError):
     """Training became non-finite or its reward says nothing. Exit code 3."""
 

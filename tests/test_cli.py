@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -100,6 +102,21 @@ def test_verify_says_no_where_nothing_is_to_be_seen(finished: Path) -> None:
     assert verdict["data"]["pixel_accuracy"] == pytest.approx(engine["measures"]["pixel_accuracy"], abs=0.005)
     assert verdict["control"]["pixel_accuracy"] == pytest.approx(engine["control"]["pixel_accuracy"], abs=0.005)
     assert "not verified" in answer.stderr
+
+
+def test_interrupting_says_what_is_left(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dpg_cli", "run", "qr-embed", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.stat().st_size:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "dpg: Interrupted after" in errors
+    assert "Traceback" not in errors
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, metagradient
 from dpg_cli.engine.metagrad import inner_run, metric_gradient
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.target import Normalization, TargetRun
+from dpg_cli.errors import DegenerateError
 
 ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, eps_root=1e-5, weight_decay=0.1)
 SMOOTH_ADAMW = OptimizerSpec("adamw", lr=0.05, beta1=0.8, beta2=0.99, eps=1e-2, eps_root=0.0, weight_decay=0.1)
@@ -157,6 +158,28 @@ def test_parameters_with_exactly_zero_gradient_are_finite_and_right() -> None:
     assert bool(torch.isfinite(result.token_N_S).all())
     numeric = finite_differences(model, examples, spec, 2, "token", torch.ones(6, dtype=torch.float64), 2e-6)
     assert relative(result.example_N, numeric) < 1e-6
+
+
+def test_progress_counts_both_phases() -> None:
+    seen: list[tuple[str, int, int]] = []
+    attribution(make_examples(11), progress=lambda *step: seen.append(step))
+    assert seen == [(phase, done, 3) for phase in ("forward", "reverse") for done in (1, 2, 3)]
+
+
+def test_non_finite_metrics_and_runs_are_refused() -> None:
+    class Nan(HeldOutLoss):
+        def __call__(self, parameters, model):
+            return super().__call__(parameters, model) * float("nan")
+
+    class Constant(HeldOutLoss):
+        def __call__(self, parameters, model):
+            return torch.ones(())
+
+    for metric, cause in ((Nan(METRIC.examples), "one finite scalar"), (Constant(METRIC.examples), "does not depend")):
+        with pytest.raises(DegenerateError, match=cause):
+            attribution(make_examples(5), metric=metric)
+    with pytest.raises(DegenerateError, match="diverged"):
+        attribution(make_examples(5), optimizer=OptimizerSpec("sgd", lr=1e300))
 
 
 def test_the_model_is_left_as_it_was() -> None:

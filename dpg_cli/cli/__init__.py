@@ -9,8 +9,6 @@ import traceback
 from dpg_cli.cli.app import app
 from dpg_cli.errors import DpgError
 
-INTERRUPTED = 130
-
 
 def main() -> None:
     """Entry point of `dpg`: runs the command and maps what it raises to one line on stderr and an exit code."""
@@ -25,9 +23,6 @@ def main() -> None:
             traceback.print_exc()
         sys.stderr.write(f"dpg: {_one_line(str(error))}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("dpg: interrupted.\n")
-        sys.exit(INTERRUPTED)
 
 
 def _one_line(text: str) -> str:

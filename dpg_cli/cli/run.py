@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpg_cli.errors import UsageError
+from dpg_cli.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
@@ -140,6 +140,12 @@ def _run(config: Config, out: Path | None, as_json: bool) -> None:
         if not any(folder.path.iterdir()):  # refused before anything was written
             folder.path.rmdir()
         raise
+    except KeyboardInterrupt:
+        done = len(folder.read_metrics())
+        raise InterruptedRunError(
+            f"Interrupted after {done} of {config.steps} outer steps; {folder.path} keeps their metrics, but no generator.",
+            "Start again with another --out; fewer steps: --set steps=N.",
+        ) from None
     if as_json:
         typer.echo(
             json.dumps(

@@ -23,6 +23,8 @@ from dpg_cli.engine.target import Normalization, TargetRun, dual_pass, loss_grad
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
 
 @dataclass(frozen=True)
 class InnerStep:
@@ -44,7 +46,13 @@ class InnerRun:
 
 
 def inner_run(
-    run: TargetRun, theta: Tensor, examples: Examples, spec: OptimizerSpec, weights_N: Tensor, batch_size: int
+    run: TargetRun,
+    theta: Tensor,
+    examples: Examples,
+    spec: OptimizerSpec,
+    weights_N: Tensor,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> InnerRun:
     """Fine-tune from θ_0 with fresh optimiser state, each example used once, in order.
 
@@ -64,6 +72,8 @@ def inner_run(
         steps.append(InnerStep(state, grad, start, stop))
         losses.append(loss)
         state = update(spec, state, grad, step)
+        if progress is not None:
+            progress("forward", step + 1, -(-len(examples) // batch_size))
     return InnerRun(steps, state.theta, losses)
 
 
@@ -101,7 +111,7 @@ def metagradient(
     normalization: Normalization = "token",
     micro_batch: int = 0,
     labels: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
@@ -133,11 +143,11 @@ def metagradient(
         run = TargetRun(model, ParameterSpace(model), normalization, examples.ids_N_S.shape[1], micro_batch)
         theta = run.space.read(model)
         weights = theta.new_ones(len(examples)) if weights_N is None else weights_N.to(theta)
-        trace = inner_run(run, theta, examples, optimizer, weights, batch_size or len(examples))
+        trace = inner_run(run, theta, examples, optimizer, weights, batch_size or len(examples), progress)
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         value, theta_bar = metric_gradient(run, trace.theta, metric)
-        token_N_S, label_N_S_V = reverse(run, trace, examples, optimizer, weights, theta_bar, labels=labels)
+        token_N_S, label_N_S_V = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
         final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
         first = trace.steps[0].grad.abs()
         moved = first[first > 0]
@@ -161,8 +171,8 @@ def reverse(
     optimizer: OptimizerSpec,
     weights_N: Tensor,
     theta_bar: Tensor,
-    *,
     labels: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Walk the inner run backwards from ∂Φ/∂θ_T.
 
@@ -200,6 +210,8 @@ def reverse(
             every[rows, :width] = dual.label_B_S_V
         if dual.hvp is not None:
             bar = State(bar.theta + dual.hvp, bar.m, bar.v)
+        if progress is not None:
+            progress("reverse", len(trace.steps) - number, len(trace.steps))
     if not torch.isfinite(tokens).all():
         raise DegenerateError(
             "Metagradients are not finite.",
