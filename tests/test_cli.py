@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpg_cli.patterns import pattern_from_image
+from dpg_cli.tiny import MODEL_DIR
 
 SMALL = ["--set", "steps=4", "--set", "dataset.examples=96", "--set", "prompts.per_step=16"]
 
@@ -102,6 +103,35 @@ def test_verify_says_no_where_nothing_is_to_be_seen(finished: Path) -> None:
     assert verdict["data"]["pixel_accuracy"] == pytest.approx(engine["measures"]["pixel_accuracy"], abs=0.005)
     assert verdict["control"]["pixel_accuracy"] == pytest.approx(engine["control"]["pixel_accuracy"], abs=0.005)
     assert "not verified" in answer.stderr
+
+
+@pytest.mark.parametrize("untie", ["true", "false"])
+def test_models_from_folders_of_another_architecture(untie: str, tmp_path: Path) -> None:
+    """A tied Llama checkpoint as generator and target, T = 3; the tied target stays tied in what is saved."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=510, eos_token_id=510, pad_token_id=511,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "llama" / name).write_bytes((MODEL_DIR / name).read_bytes())
+    answer = dpg(
+        "run", "qr-embed", "--text", "X", "--out", tmp_path / "run", "--patch-origin", "7,3", "--set", "steps=2",
+        "--set", "dataset.examples=24", "--set", "prompts.per_step=6", "--set", "inner.batch_size=10",
+        "--set", f"models.generator={tmp_path / 'llama'}", "--set", f"models.target={tmp_path / 'llama'}",
+        "--set", f"models.untie_target={untie}", "--set", "models.target_init=pretrained",
+        "--set", "models.generator_init=pretrained", "--json",
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "target")
+    assert (target.lm_head.weight is target.get_input_embeddings().weight) == (untie == "false")
+    patch = load_file(tmp_path / "run" / "target" / "patch.safetensors")
+    assert torch.equal(target.lm_head.weight[7:28, 3:24].detach(), patch["after"])
+    verdict = json.loads(dpg("verify", tmp_path / "run", "--json").stdout)
+    assert (verdict["data"]["steps"], verdict["data"]["examples"]) == (3, 24)
+    engine = json.loads(answer.stdout)["measures"]["pixel_accuracy"]
+    assert verdict["data"]["pixel_accuracy"] == pytest.approx(engine, abs=0.01)
 
 
 def test_interrupting_says_what_is_left(tmp_path: Path) -> None:
