@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dpg_cli.config import ModelsConfig
 from dpg_cli.errors import UsageError
 from dpg_cli.tiny import MODEL_DIR
 
@@ -154,3 +155,21 @@ def untie_head(model: PreTrainedModel) -> None:
 def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
     """Whether two models give every token the same id."""
     return first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+
+
+def load_generator(models: ModelsConfig, device: torch.device) -> LanguageModel:
+    """The untrained generator that the settings name."""
+    generator = load(
+        models.generator, device=device, dtype=models.dtype, init=models.generator_init, seed=models.init_seed
+    )
+    if models.untie_generator:
+        untie_head(generator.model)
+    return generator
+
+
+def load_target(models: ModelsConfig, device: torch.device) -> LanguageModel:
+    """The target θ_0 that the settings name."""
+    target = load(models.target, device=device, dtype=models.dtype, init=models.target_init, seed=models.init_seed)
+    if models.untie_target:
+        untie_head(target.model)
+    return target

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dpg_cli.config import Config, InnerConfig
 from dpg_cli.errors import UsageError
-from dpg_cli.models import LanguageModel, load, untie_head
+from dpg_cli.models import LanguageModel, load_target
 
 ROWS_AT_ONCE = 256
 
@@ -30,22 +30,13 @@ def require_stock_optimizer(inner: InnerConfig) -> None:
         )
 
 
-def fresh_target(config: Config, device: torch.device) -> LanguageModel:
-    """The target before any fine-tuning."""
-    models = config.models
-    target = load(models.target, device=device, init=models.target_init, seed=models.init_seed)
-    if models.untie_target:
-        untie_head(target.model)
-    return target
-
-
 def trained_target(config: Config, data: Path, device: torch.device) -> tuple[LanguageModel, int, int]:
     """A fresh target after fine-tuning on a parquet file with the run's recipe.
 
     Returns:
         The target, the number of examples and of optimiser steps.
     """
-    target = fresh_target(config, device)
+    target = load_target(config.models, device)
     sequences = read_input_ids(data)
     steps = fine_tune(target.model, sequences, config.inner, config.inner_steps)
     return target, len(sequences), steps

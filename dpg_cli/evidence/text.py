@@ -10,7 +10,7 @@ import torch
 
 from dpg_cli.config import Config, TextLossOptions
 from dpg_cli.errors import UsageError
-from dpg_cli.models import LanguageModel, load, quiet_transformers, untie_head
+from dpg_cli.models import LanguageModel, load, load_generator, quiet_transformers
 from dpg_cli.prompts import load_prompts
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.tiny import world
@@ -89,13 +89,8 @@ def verify_text(folder: RunFolder, config: Config, options: TextLossOptions, dev
     """
     if options.file:
         raise UsageError("A run on a text file has no verification of its own.", "Compare the losses in run.json.")
-    models = config.models
-    trained = load(str(folder.generator), device=device, dtype=models.dtype)
-    untrained = load(
-        models.generator, device=device, dtype=models.dtype, init=models.generator_init, seed=models.init_seed
-    )
-    if models.untie_generator:
-        untie_head(untrained.model)
+    trained = load(str(folder.generator), device=device, dtype=config.models.dtype)
+    untrained = load_generator(config.models, device)
     prompts = load_prompts(config.prompts.source, split="eval")
     prompts = [prompts[place % len(prompts)] for place in range(COMPLETIONS)]
     texts = completions(trained, prompts, config)

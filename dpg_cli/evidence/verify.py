@@ -13,9 +13,9 @@ import numpy as np
 
 from dpg_cli.config import Config, NormOptions, PatternOptions
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock import fresh_target, require_stock_optimizer, trained_target
+from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
-from dpg_cli.models import LanguageModel, pick_device
+from dpg_cli.models import LanguageModel, load_target, pick_device
 from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
 from dpg_cli.runs.folder import RunFolder
 
@@ -174,7 +174,7 @@ def _verify_pattern(folder: RunFolder, config: Config, options: PatternOptions, 
     """Read the pattern back from two stock-trained targets."""
     require_stock_optimizer(config.inner)
     device = pick_device(device_name)
-    base = fresh_target(config, device)
+    base = load_target(config.models, device)
     pattern = pattern_from_image(folder.pattern, max_rows=base.head.shape[0], max_cols=base.head.shape[1])
 
     def read(name: str) -> PatternReading:
@@ -202,7 +202,7 @@ def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device
         weight = dict(target.model.named_parameters())[options.parameter] if options.parameter else target.head
         return float(weight.detach().double().norm())
 
-    before = norm(fresh_target(config, device))
+    before = norm(load_target(config.models, device))
     data, control = (
         norm(trained_target(config, folder.dataset / name, device)[0]) for name in ("train.parquet", "control.parquet")
     )

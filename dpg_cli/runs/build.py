@@ -13,7 +13,7 @@ from dpg_cli.engine.policy import PolicySpec
 from dpg_cli.engine.rollout import Sampling
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load, pick_device, same_tokenizer, untie_head
+from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, same_tokenizer
 from dpg_cli.prompts import PromptSampler, load_prompts
 
 
@@ -42,8 +42,8 @@ def build(config: Config) -> Built:
     """
     device = pick_device(config.device)
     prompts = load_prompts(config.prompts.source)
-    target = load_target(config, device)
-    generator = load_generator(config, device)
+    target = load_target(config.models, device)
+    generator = load_generator(config.models, device)
     metric = build_metric(config.metric, target)
     check_lengths(config, generator, target)
     if not same_tokenizer(generator, target):
@@ -58,7 +58,7 @@ def build(config: Config) -> Built:
         eps=config.policy.eps,
         weight_decay=config.policy.weight_decay,
     )
-    reference = load_generator(config, device).model.requires_grad_(False) if config.policy.kl > 0 else None
+    reference = load_generator(config.models, device).model.requires_grad_(False) if config.policy.kl > 0 else None
     players = Players(
         generator=generator,
         target=target,
@@ -70,26 +70,6 @@ def build(config: Config) -> Built:
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     return Built(players, loop_spec(config, generator), sampler, device)
-
-
-def load_generator(config: Config, device: torch.device) -> LanguageModel:
-    """The untrained generator that the settings name."""
-    models = config.models
-    generator = load(
-        models.generator, device=device, dtype=models.dtype, init=models.generator_init, seed=models.init_seed
-    )
-    if models.untie_generator:
-        untie_head(generator.model)
-    return generator
-
-
-def load_target(config: Config, device: torch.device) -> LanguageModel:
-    """The target θ_0 that the settings name."""
-    models = config.models
-    target = load(models.target, device=device, dtype=models.dtype, init=models.target_init, seed=models.init_seed)
-    if models.untie_target:
-        untie_head(target.model)
-    return target
 
 
 def check_lengths(config: Config, generator: LanguageModel, target: LanguageModel) -> None:

@@ -15,9 +15,9 @@ from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
-from dpg_cli.models import LanguageModel, quiet_transformers
+from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
-from dpg_cli.runs.build import Built, build, load_generator
+from dpg_cli.runs.build import Built, build
 from dpg_cli.runs.dataset import Synthetic, draw, measure, write_card, write_parquet
 from dpg_cli.runs.folder import RunFolder, environment, peak_memory_mb, replacing, write_json
 
@@ -112,7 +112,7 @@ def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthet
     write_parquet(folder.dataset / "train.parquet", rollout, players.generator, players.target, synthetic.result)
     control = None
     if config.dataset.control:
-        untrained = load_generator(config, built.device)
+        untrained = load_generator(config.models, built.device)
         rollout = draw(untrained, spec, built.prompts, size, config.steps, config.seed + 2)
         control = measure(players, spec, rollout, config.inner_steps)
         write_parquet(folder.dataset / "control.parquet", rollout, untrained, players.target, None)
