@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -85,11 +86,14 @@ def quiet_transformers() -> Iterator[None]:
     """Without transformers' own warnings and progress bars: progress and errors are ours to show."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hub_before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
         transformers_logging.enable_progress_bar()
 
 

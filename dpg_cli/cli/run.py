@@ -125,7 +125,7 @@ def _run(config: Config, out: Path | None, as_json: bool) -> None:
     from dpg_cli.runs.execute import execute
     from dpg_cli.runs.folder import RunFolder
 
-    folder = RunFolder.create(out or _free_folder(config))
+    folder = RunFolder.free(out or _free_folder(config))
     try:
         with RunDisplay(config, folder.path) as display:
             outcome = execute(
@@ -136,10 +136,6 @@ def _run(config: Config, out: Path | None, as_json: bool) -> None:
                 on_built=display.built,
                 command=sys.argv,
             )
-    except UsageError:
-        if not any(folder.path.iterdir()):  # refused before anything was written
-            folder.path.rmdir()
-        raise
     except KeyboardInterrupt:
         done = len(folder.read_metrics())
         raise InterruptedRunError(

@@ -52,7 +52,7 @@ def execute(
 
     Args:
         config: the settings.
-        folder: an empty run folder.
+        folder: a free run folder; made once the settings have proved good.
         on_step: called after each outer step.
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
@@ -66,6 +66,7 @@ def execute(
     torch.manual_seed(config.seed)
     built = build(config)
     on_built(built)
+    folder.make()  # only now: what is refused above leaves nothing behind
     folder.write_config(config)
     if isinstance(built.players.metric, PatternMetric):
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)

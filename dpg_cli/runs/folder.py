@@ -38,19 +38,30 @@ class RunFolder:
         self.image = path / "lm_head.png"
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """A new, empty run folder.
+    def free(cls, path: Path) -> RunFolder:
+        """A run folder that is yet to be made, at a place that is free for it.
 
         Raises:
-            UsageError: if something is there already, or the folder cannot be made.
+            UsageError: if something is there already.
         """
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise UsageError(f"{path} exists and is not empty.", "Give another --out, or remove it.")
-            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"The folder {path} cannot be made: {error.strerror}.", "Give another --out.") from None
+            raise UsageError(f"The folder {path} cannot be read: {error.strerror}.", "Give another --out.") from None
         return cls(path)
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: if that fails.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"The folder {self.path} cannot be made: {error.strerror}."
+            raise UsageError(reason, "Give another --out.") from None
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
