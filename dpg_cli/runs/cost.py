@@ -15,7 +15,7 @@ import torch
 from dpg_cli.config import Config
 from dpg_cli.runs.build import build
 
-EFFICIENCY = 0.3  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
+EFFICIENCY = 0.23  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
 BASE_MB = 450  # resident memory of Python, torch and transformers before any model
 
 
