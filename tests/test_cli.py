@@ -180,6 +180,7 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
     (place / "text.png").write_text("no picture")
     Image.new("L", (600, 600), 255).save(place / "white.png")
     Image.effect_noise((600, 600), 90).save(place / "noise.png")
+    (place / "long.txt").write_text("cat " * 500)
     (place / "full").mkdir()
     (place / "full" / "x").write_text("x")
     (place / "other.toml").write_text('task = "other"\n')
@@ -201,6 +202,8 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
         "unknown model": ["run", "qr-embed", "--set", "models.target=/no/where"],
         "unknown device": ["run", "qr-embed", "--device", "abacus"],
         "other tokeniser length": ["run", "qr-embed", "--set", "rollout.max_tokens=500"],
+        "prompt too long": ["run", "qr-embed", "--set", f"prompts.source={place / 'long.txt'}"],
+        "huge learning rate": ["run", "qr-embed", "--set", "inner.lr=1e300"],
         "folder in use": ["run", "qr-embed", "--out", place / "full"],
         "config of another task": ["run", "qr-embed", "--config", place / "other.toml"],
         "missing config": ["run", "--config", place / "none.toml"],

@@ -45,7 +45,7 @@ def build(config: Config) -> Built:
     target = load_target(config.models, device)
     generator = load_generator(config.models, device)
     metric = build_metric(config.metric, target)
-    check_lengths(config, generator, target)
+    check_lengths(config, generator, target, prompts)
     if not same_tokenizer(generator, target):
         raise UsageError(
             f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers.",
@@ -72,18 +72,20 @@ def build(config: Config) -> Built:
     return Built(players, loop_spec(config, generator), sampler, device)
 
 
-def check_lengths(config: Config, generator: LanguageModel, target: LanguageModel) -> None:
-    """Refuse completions longer than the models' context.
+def check_lengths(config: Config, generator: LanguageModel, target: LanguageModel, prompts: list[str]) -> None:
+    """Refuse prompts and completions longer than the models' context.
 
     Raises:
         UsageError: naming the model and its limit.
     """
-    for model, extra in ((generator, 1), (target, 1)):
+    longest = max(len(row) for row in generator.tokenizer(prompts)["input_ids"])
+    for model, extra in ((generator, longest + 1), (target, 1)):
         limit = getattr(model.model.config, "max_position_embeddings", None)
         if limit is not None and config.rollout.max_tokens + extra > limit:
             raise UsageError(
-                f"rollout.max_tokens = {config.rollout.max_tokens} leaves the context of {model.name!r} ({limit} tokens).",
-                "Lower rollout.max_tokens.",
+                f"Prompt and completion take up to {extra} + {config.rollout.max_tokens} tokens; "
+                f"the context of {model.name!r} is {limit}.",
+                "Lower rollout.max_tokens, or shorten the prompts.",
             )
 
 
