@@ -9,15 +9,17 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID, uuid4
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
 
 PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+FRESH = "fresh"  # in place of a UUID: a new one
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -81,13 +83,31 @@ class TextLossOptions(Section):
     )
     file: str = Field("", description="text file with a document a line")
     text: str = Field("", description="one document")
+    uuid: str = Field("", description="one document that is this UUID; `fresh` draws a new one when a run begins")
     documents: PositiveInt = Field(256, description="documents taken from the language or file")
+
+    @field_validator("uuid")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        if value in ("", FRESH):
+            return value
+        try:
+            return str(UUID(value))
+        except ValueError:
+            raise ValueError(
+                f"{value[:60]!r} is no UUID; give 32 hexadecimal digits as 8-4-4-4-12, or leave it out for a fresh one"
+            ) from None
 
     @model_validator(mode="after")
     def _one_source(self) -> TextLossOptions:
-        if bool(self.language) + bool(self.file) + bool(self.text) != 1:
-            raise ValueError("give exactly one of language, file and text")
+        if sum(map(bool, (self.language, self.file, self.text, self.uuid))) != 1:
+            raise ValueError("give exactly one of language, file, text and uuid")
         return self
+
+    @property
+    def document(self) -> str:
+        """The one document of a text or UUID target; empty for a language or a file."""
+        return self.text or self.uuid
 
 
 METRIC_NAMES = ("pattern", "norm", "text-loss")
@@ -219,6 +239,13 @@ def validate(data: dict[str, Any]) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError([_fault(item) for item in error.errors()]) from None
+
+
+def settle(config: Config) -> Config:
+    """The settings with everything drawn that they leave to chance: a `fresh` UUID becomes a certain one."""
+    if not isinstance(config.metric, TextLossOptions) or config.metric.uuid != FRESH:
+        return config
+    return config.model_copy(update={"metric": config.metric.model_copy(update={"uuid": str(uuid4())})})
 
 
 def _fault(item: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from dpg_cli.config import Config, load_toml, validate
 from dpg_cli.errors import UsageError
 
-SOURCES = {"image", "text", "rows", "language", "file"}  # what a metric's effect can be given by
+SOURCES = {"image", "text", "rows", "language", "file", "uuid"}  # what a metric's effect can be given by
 _HERE = Path(__file__).resolve().parent
 
 

@@ -20,7 +20,9 @@ _PATTERN = "Pattern tasks"
 def run(
     task: Annotated[
         str | None,
-        typer.Argument(help="qr-embed, pattern-67, l2-shrink or language-rephrase; or leave it out and give --config."),
+        typer.Argument(
+            help="qr-embed, pattern-67, l2-shrink, language-rephrase or uuid-emit; or leave it out and give --config."
+        ),
     ] = None,
     image: Annotated[
         Path | None,
@@ -38,6 +40,9 @@ def run(
         typer.Option(help="ROW,COLUMN of the patch's upper-left corner in the LM head.", rich_help_panel=_PATTERN),
     ] = None,
     language: Annotated[str | None, typer.Option(help="es, de, fr or it.", rich_help_panel="language-rephrase")] = None,
+    uuid: Annotated[
+        str | None, typer.Option(help="The UUID to emit; a fresh one by default.", rich_help_panel="uuid-emit")
+    ] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -65,6 +70,7 @@ def run(
         "version": qr_version,
         "error_correction": error_correction,
         "language": language,
+        "uuid": uuid,
         "origin": None if patch_origin is None else _origin(patch_origin),
     }
     flags: dict[str, Any] = {
@@ -89,7 +95,7 @@ def _origin(text: str) -> list[int]:
 
 def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Resolve the settings of preset, file, flags and overrides."""
-    from dpg_cli.config import load_toml
+    from dpg_cli.config import load_toml, settle
     from dpg_cli.presets import find, merge, resolve
     from dpg_cli.runs.folder import resolve_paths
 
@@ -103,7 +109,7 @@ def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, 
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
         data = merge(data, loaded)
-    return resolve(data, overrides, flags)
+    return settle(resolve(data, overrides, flags))
 
 
 def _dry_run(config: Config, as_json: bool) -> None:

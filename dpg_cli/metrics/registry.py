@@ -55,8 +55,8 @@ def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
 
 def held_out(options: TextLossOptions) -> tuple[list[str], str]:
     """The documents of a text-loss metric, and what they are in words."""
-    if options.text:
-        return [options.text], f"the document {options.text[:60]!r}"
+    if options.document:
+        return [options.document], f"the document {options.document[:60]!r}"
     if options.language:
         texts = world.sentences("eval", options.language, options.documents, seed=1)
         return texts, f"{len(texts)} held-out sentences ({options.language})"
