@@ -162,6 +162,17 @@ class DatasetConfig(Section):
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
 
 
+class CheckpointConfig(Section):
+    """When the state of an unfinished run is saved. It changes nothing in the result."""
+
+    every_seconds: NonNegative = Field(
+        60.0, description="least time between two checkpoints; writing them takes a twentieth of the time at most"
+    )
+    every_steps: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="outer steps between two checkpoints, whatever they take; 0 goes by the time"
+    )
+
+
 class Config(Section):
     """All settings of one run."""
 
@@ -178,6 +189,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
     dataset: DatasetConfig = DatasetConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def examples_per_step(self) -> int:

@@ -41,6 +41,11 @@ class ConfigError(UsageError):
         super().__init__("; ".join(self.faults) + ".", remedy)
 
 
+def one_line(text: str) -> str:
+    """A message on one line, without control characters that could come from a user's file."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 class InterruptedRunError(DpgError):
     """The user stopped a run. Exit code 130."""
 
