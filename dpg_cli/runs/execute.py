@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def execute(
     on_built(built)
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
-    with folder.locked():
+    with folder.locked(), advice(folder):
         journal = (continued if resume else begun)(config, folder, built, command or [], on_stage)
         try:
             on_stage("training the generator")
@@ -95,12 +96,20 @@ def execute(
         except (KeyboardInterrupt, InterruptedRunError):
             journal.stop("interrupted")
             raise
-        except WriteError as error:
-            journal.stop("failed")
-            raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
         except BaseException:
             journal.stop("failed")
             raise
+
+
+@contextlib.contextmanager
+def advice(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on when something cannot be written, for example on a full disk."""
+    try:
+        yield
+    except WriteError as error:
+        if not folder.config.is_file():
+            raise
+        raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
 
 
 def begun(
