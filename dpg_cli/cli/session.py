@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpg_cli.errors import InterruptedRunError
+from dpg_cli.errors import InterruptedRunError, one_line
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
@@ -117,7 +117,7 @@ def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
         )
         return
     measures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.measures.items())
-    typer.echo(f"{folder.path}: {measures}")
+    typer.echo(one_line(f"{folder.path}: {measures}"))
     memory = "" if outcome.peak_memory_mb is None else f", {outcome.peak_memory_mb:,.0f} MB at the peak"
     sessions = "" if outcome.sessions == 1 else f" in {outcome.sessions} sessions"
     typer.echo(f"{outcome.seconds:.0f} s{sessions}{memory}. Next: dpg verify {folder.path}")

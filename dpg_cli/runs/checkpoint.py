@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dpg_cli.config import CheckpointConfig, Config, PatternOptions, validate
+from dpg_cli.config import CheckpointConfig, Config, PatternOptions, shown, validate
 from dpg_cli.engine.state import PartLayout, State, capture, check, layout
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.patterns import pattern_from_image
@@ -187,6 +187,8 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built)
     if path.is_symlink() or not path.is_dir():
         raise DamagedError("it is no folder")
     header = _header(path / "state.json")
+    if header.sha256.keys() != set(PARTS):
+        raise DamagedError("state.json does not name its three files")
     if header.step != step:
         raise DamagedError(f"it says that it is of step {header.step}")
     if step > config.steps:
@@ -229,7 +231,7 @@ def differences(before: Config, now: Config) -> list[str]:
         # a run's own copy of the picture stands for it, wherever it lies: `require_same` compares what they show
         first["metric.image"] = second["metric.image"]
     return [
-        f"{key} is {first.get(key)!r} there and {second.get(key)!r} here"
+        f"{key} is {shown(first.get(key))} there and {shown(second.get(key))} here"
         for key in first | second
         if first.get(key) != second.get(key)
     ]

@@ -199,5 +199,6 @@ def resolve_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
     """Settings with the relative path of the image made absolute against the folder of its settings file."""
     metric = data.get("metric")
     if isinstance(metric, dict) and isinstance(metric.get("image"), str) and metric["image"]:
-        data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
+        with contextlib.suppress(ValueError, OSError):  # no possible path: whatever opens it will say so
+            data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
     return data

@@ -48,7 +48,7 @@ class Outcome:
 class Info(BaseModel):
     """What is read back from `run.json`; the rest of it is for people."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
     finished: bool = False
     seconds: Seconds = 0.0
@@ -56,7 +56,7 @@ class Info(BaseModel):
     peak_memory_mb: Seconds | None = None
     measures: dict[str, float] = {}
     control: dict[str, float] | None = None
-    sessions: tuple[dict[str, Any], ...] = ()
+    sessions: list[dict[str, Any]] = []
 
     @property
     def outcome(self) -> Outcome | None:
