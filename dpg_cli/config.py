@@ -20,6 +20,8 @@ PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 FRESH = "fresh"  # in place of a UUID: a new one
+DEEPEST = 8  # levels of tables and lists in settings
+Index = Annotated[int, Field(ge=0, le=2**31)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -54,7 +56,7 @@ class PatternOptions(Section):
     version: Annotated[int, Field(ge=0, le=40)] = Field(0, description="QR version; 0 takes the smallest that fits")
     error_correction: Literal["L", "M", "Q", "H"] = "L"
     sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change")
-    origin: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+    origin: tuple[Index, Index] = Field(
         (0, 0),
         description="row (token id) and column (hidden dimension) of the patch's upper-left corner",
         strict=False,
@@ -171,7 +173,7 @@ class PolicyConfig(Section):
     epochs: PositiveInt = 1
     minibatch: PositiveInt = Field(256, description="completions a policy-optimiser step")
     kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="outer steps of linear learning-rate warm-up")
+    warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
 
 
@@ -180,6 +182,17 @@ class DatasetConfig(Section):
 
     examples: PositiveInt = 1024
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
+
+
+class CheckpointConfig(Section):
+    """When the state of an unfinished run is saved. It changes nothing in the result."""
+
+    every_seconds: NonNegative = Field(
+        60.0, description="least time between two checkpoints; writing them takes a twentieth of the time at most"
+    )
+    every_steps: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="outer steps between two checkpoints, whatever they take; 0 goes by the time"
+    )
 
 
 class Config(Section):
@@ -198,6 +211,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
     dataset: DatasetConfig = DatasetConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def examples_per_step(self) -> int:
@@ -260,9 +274,34 @@ def _fault(item: Any) -> str:
     elif item["type"].startswith("union_tag"):
         key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":
-        shown = repr(item["input"])
-        message = f"{message[0].lower()}{message[1:]} (got {shown if len(shown) < 60 else shown[:57] + '...'})"
-    return f"{key}: {message}" if key else message
+        message = f"{message[0].lower()}{message[1:]} (got {shown(item['input'])})"
+    return f"{cut(key)}: {message}" if key else message
+
+
+def shown(value: Any) -> str:
+    """A value as it can stand in a message: short, whatever it is."""
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply; an integer with too many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    """At most 60 characters of a text."""
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def depth(data: Any) -> int:
+    """How deeply tables and lists are nested: 0 for a plain value. Not recursive, so that no nesting is too deep for it."""
+    level, layer = 0, [data]
+    while layer := [
+        inner
+        for outer in layer
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        level += 1
+    return level
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -276,11 +315,17 @@ def load_toml(path: Path) -> dict[str, Any]:
             raise UsageError(
                 f"{path} is larger than 1 MB and cannot be a settings file.", "Name a TOML file of settings."
             )
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(part.count(".") > 1000 and '"' not in part for line in text.splitlines() for part in line.split("=")):
+            raise RecursionError("a key has too many parts")  # tomllib takes minutes for tens of thousands
+        data = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}.", "Correct that line.") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, integers with too many digits, nesting
+        raise UsageError(f"{path} is not valid TOML: {str(error)[:200].rstrip('.')}.", "Correct that line.") from None
+    if depth(data) > DEEPEST:
+        raise UsageError(f"{path} is nested too deeply for settings.", "See `dpg presets show` for the keys.")
+    return data
 
 
 def to_toml(config: Config) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.config import Config, load_toml, validate
+from dpg_cli.config import DEEPEST, Config, depth, load_toml, shown, validate
 from dpg_cli.errors import UsageError
 
 SOURCES = {"image", "text", "rows", "language", "file", "uuid"}  # what a metric's effect can be given by
@@ -69,7 +69,7 @@ def find(name: str) -> Preset:
     """
     presets = {preset.name: preset for preset in all_presets()}
     if name not in presets:
-        raise UsageError(f"There is no preset {name!r}.", f"Presets: {', '.join(presets)}.")
+        raise UsageError(f"There is no preset {shown(name)}.", f"Presets: {', '.join(presets)}.")
     return presets[name]
 
 
@@ -101,11 +101,18 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UsageError(f"--set {text!r} is not of the form key=value.", "For example: --set inner.lr=1e-4.")
+        raise UsageError(f"--set {shown(text)} is not of the form key=value.", "For example: --set inner.lr=1e-4.")
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+        table = tomllib.loads(f"value = {value}")
+        if len(table) > 1:
+            raise ValueError("a second line")
+        parsed: Any = table["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
+    except (ValueError, RecursionError):
+        raise UsageError(f"--set {shown(text)} has no sensible value.", "For example: --set inner.lr=1e-4.") from None
+    if len(parts) + depth(parsed) > DEEPEST:
+        raise UsageError(f"--set {shown(text)} is nested too deeply.", "For example: --set inner.lr=1e-4.")
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed

@@ -31,7 +31,7 @@ def load_prompts(source: str, *, split: Literal["train", "eval"] = "train") -> l
     path = Path(source).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
         raise UsageError(
             f"The prompts {source} cannot be read: {error}.", "Name `tiny`, a text file or a JSONL file."
         ) from None
@@ -48,7 +48,7 @@ def _prompt_of(line: str, source: str, number: int) -> str:
     """The `prompt` string of one JSON line."""
     try:
         prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
         raise UsageError(f"{source}, line {number}: no JSON object with a `prompt` string.", "Correct that line.")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpg_cli.errors import InterruptedRunError, UsageError
+from dpg_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
@@ -52,6 +51,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sizes and cost; run nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if any.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
     """Train a generator by Dataset Policy Gradient and leave generator, dataset, target and picture in a run folder.
@@ -82,7 +82,7 @@ def run(
     if dry_run:
         _dry_run(settings, as_json)
     else:
-        _run(settings, out, as_json)
+        _run(settings, out, resume, as_json)
 
 
 def _origin(text: str) -> list[int]:
@@ -125,47 +125,19 @@ def _dry_run(config: Config, as_json: bool) -> None:
     typer.echo(cost.as_text())
 
 
-def _run(config: Config, out: Path | None, as_json: bool) -> None:
-    """Run, with a display on stderr and the outcome on stdout."""
-    from dpg_cli.cli.display import RunDisplay
-    from dpg_cli.runs.execute import execute
+def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> None:
+    """Begin a run, or go on with the one that `--out` holds."""
+    from dpg_cli.cli.session import session
     from dpg_cli.runs.folder import RunFolder
 
-    folder = RunFolder.free(out or _free_folder(config))
-    try:
-        with RunDisplay(config, folder.path) as display:
-            outcome = execute(
-                config,
-                folder,
-                on_step=display.step,
-                on_stage=display.stage,
-                on_built=display.built,
-                command=sys.argv,
-            )
-    except KeyboardInterrupt:
-        done = len(folder.read_metrics())
-        raise InterruptedRunError(
-            f"Interrupted after {done} of {config.steps} outer steps; {folder.path} keeps their metrics, but no generator.",
-            "Start again with another --out; fewer steps: --set steps=N.",
-        ) from None
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "run": str(folder.path),
-                    "measures": outcome.measures,
-                    "control": outcome.control,
-                    "seconds": outcome.seconds,
-                    "peak_memory_mb": outcome.peak_memory_mb,
-                },
-                indent=2,
-            )
-        )
-        return
-    measures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.measures.items())
-    typer.echo(f"{folder.path}: {measures}")
-    memory = "" if outcome.peak_memory_mb is None else f", {outcome.peak_memory_mb:,.0f} MB at the peak"
-    typer.echo(f"{outcome.seconds:.0f} s{memory}. Next: dpg verify {folder.path}")
+    if resume and out is None:
+        raise UsageError("--resume does not say which run to go on with.", "Name its folder: --out RUN.")
+    place = out or _free_folder(settings)
+    known = RunFolder(place)
+    if resume and known.config.is_file():
+        session(settings, known, resume=True, as_json=as_json)
+    else:
+        session(settings, RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
 
 
 def _free_folder(config: Config) -> Path:

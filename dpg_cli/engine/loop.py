@@ -7,6 +7,7 @@ optimiser start afresh at every outer step; only the generator learns.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,7 +170,19 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
         "seconds_metagradient": clock[2] - clock[1],
         "seconds_policy": clock[3] - clock[2],
     }
+    refuse_nonfinite(numbers)
     return StepReport(step, numbers, result, rollout)
+
+
+def refuse_nonfinite(numbers: dict[str, float]) -> None:
+    """Stop where the policy step or a figure of it overflowed: what was learnt then is lost.
+
+    Raises:
+        DegenerateError: naming the figure.
+    """
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise DegenerateError(f"The training diverged: {name} is {value}.", "Lower policy.lr or inner.lr.")
 
 
 def refuse_dead_reward(result: Metagradient) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dpg_cli.engine.records import Rollout
+from dpg_cli.errors import DegenerateError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def sample(
 
     Returns:
         The rollout of N = P · G rows, group by group.
+
+    Raises:
+        DegenerateError: if the generator gives no finite probabilities.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -145,6 +149,10 @@ def _sample_batch(
         if step + 1 < sampling.min_tokens:
             logits[:, sampling.eos_id] = -torch.inf
         log_pi = torch.log_softmax(logits, -1)
+        if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
+            raise DegenerateError(
+                "The generator's probabilities are not finite: its training diverged.", "Lower policy.lr."
+            )
         pi = log_pi.exp()
         token = torch.multinomial(pi, 1, generator=rng)
         chosen = log_pi.gather(1, token)[:, 0]

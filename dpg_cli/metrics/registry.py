@@ -62,7 +62,7 @@ def held_out(options: TextLossOptions) -> tuple[list[str], str]:
         return texts, f"{len(texts)} held-out sentences ({options.language})"
     try:
         lines = Path(options.file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
         raise UsageError(f"The text {options.file} cannot be read: {error}.", "Name a UTF-8 text file.") from None
     texts = [line for line in lines if line.strip()][: options.documents]
     if not texts:
