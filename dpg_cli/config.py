@@ -6,12 +6,13 @@ This module is free of torch, so that `dpg presets` answers at once. Sections fo
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
 
@@ -19,6 +20,9 @@ PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
+FRESH = "fresh"  # a UUID that is drawn when a run begins
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class Section(BaseModel):
@@ -79,15 +83,36 @@ class TextLossOptions(Section):
     language: Literal["", "en", "es", "de", "fr", "it"] = Field(
         "", description="held-out sentences of the embedded world"
     )
-    file: str = Field("", description="text file with a document a line")
+    file: str = Field(
+        "",
+        description="text, JSONL or parquet file, datasets folder or hub dataset, or lm-eval:TASK; with a language, "
+        "{language} in it stands for that, and verification looks for that language",
+    )
     text: str = Field("", description="one document")
+    uuid: str = Field("", description="one document that is this UUID, in lower case; fresh: drawn when the run begins")
     documents: PositiveInt = Field(256, description="documents taken from the language or file")
+
+    @field_validator("uuid")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        if value not in ("", FRESH) and not _UUID.fullmatch(value):
+            raise ValueError(
+                f"{value[:60]!r} is no UUID in lower case, such as 123e4567-e89b-42d3-a456-426614174000, and not {FRESH!r}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> TextLossOptions:
-        if bool(self.language) + bool(self.file) + bool(self.text) != 1:
-            raise ValueError("give exactly one of language, file and text")
+        if bool(self.language or self.file) + bool(self.text) + bool(self.uuid) != 1:
+            raise ValueError("give exactly one of language (or file, or both), text and uuid")
+        if "{language}" in self.file and not self.language:
+            raise ValueError("file names {language}, and no language is given")
         return self
+
+    @property
+    def document(self) -> str:
+        """The one document of `text` or `uuid`, else empty."""
+        return self.text or self.uuid
 
 
 METRIC_NAMES = ("pattern", "norm", "text-loss")
@@ -98,9 +123,27 @@ class PromptsConfig(Section):
     """Where prompts come from and how many an outer step takes."""
 
     source: str = Field(
-        "tiny", description="`tiny`, `empty`, or a file with a prompt a line (.txt) or a `prompt` field (.jsonl)"
+        "tiny",
+        description="`tiny`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
     )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")
+    limit: Count = Field(
+        0, description="only the first so many prompts of a source; 0: all. Hub datasets are then streamed"
+    )
+    holdout: Count = Field(0, description="prompts at the end of a source, kept for evaluation alone")
+    max_tokens: Count = Field(0, description="prompts are cut after so many tokens of the generator; 0: never")
+    instruction: str = Field("", description="what the generator is asked, with {text} where the prompt goes")
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto", description="wrap prompts by the generator's chat template; auto: where it has one"
+    )
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if value and "{text}" not in value:
+            raise ValueError("has no {text} where the prompt goes")
+        return value
 
 
 class RolloutConfig(Section):
@@ -126,6 +169,9 @@ class InnerConfig(Section):
     momentum: Decay = Field(0.0, description="SGD only")
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
+    max_length: Count = Field(
+        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
+    )
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
 
 
