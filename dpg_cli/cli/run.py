@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dpg_cli.config import Config
 
 _PATTERN = "Pattern tasks"
+_OWN = "Your own models and prompts"
+TEXT_TASKS = ("language-rephrase",)
 
 
 def run(
@@ -42,6 +44,27 @@ def run(
     uuid: Annotated[
         str | None, typer.Option(help="The UUID to emit; a fresh one by default.", rich_help_panel="uuid-emit")
     ] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out text: a source as for --prompts, or lm-eval:TASK.", rich_help_panel="language-rephrase"
+        ),
+    ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(help="Pretrained generator: a folder, a hub name, or tiny.", rich_help_panel=_OWN),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Pretrained target: a folder, a hub name, or tiny.", rich_help_panel=_OWN)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, empty, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+            "(OWNER/NAME@CONFIG#SPLIT:COLUMN).",
+            rich_help_panel=_OWN,
+        ),
+    ] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -62,8 +85,13 @@ def run(
 
         dpg run qr-embed --image code.png --out runs/mine --seed 1
 
+        dpg run language-rephrase --scale paper --generator ./llama --target ./llama --prompts articles.parquet:text
+
         dpg run --config runs/mine/config.toml --out runs/again
     """
+    from dpg_cli.runs.folder import OWN_PROMPTS
+    from dpg_cli.sources import absolute
+
     metric = {
         "image": None if image is None else str(image.resolve()),
         "text": text,
@@ -72,17 +100,33 @@ def run(
         "language": language,
         "uuid": uuid,
         "origin": None if patch_origin is None else _origin(patch_origin),
+        "file": None if eval_text is None else absolute(eval_text),
     }
     flags: dict[str, Any] = {
         "seed": seed,
         "device": device,
+        "models": {**_model("generator", generator), **_model("target", target)},
+        "prompts": {} if prompts is None else {"source": prompts if prompts in OWN_PROMPTS else absolute(prompts)},
         "metric": {k: v for k, v in metric.items() if v is not None},
     }
+    if eval_text is not None and task is not None and task not in TEXT_TASKS:
+        raise UsageError(
+            f"--eval-text is for tasks that read held-out text ({', '.join(TEXT_TASKS)}); {task} reads none.",
+            "Leave it out.",
+        )
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
     if dry_run:
         _dry_run(settings, as_json)
     else:
         _run(settings, out, resume, as_json)
+
+
+def _model(role: str, name: str | None) -> dict[str, str]:
+    """Settings of a model that a flag names: its own weights, whatever the preset begins with."""
+    if name is None:
+        return {}
+    path = Path(name).expanduser()
+    return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
 
 
 def _origin(text: str) -> list[int]:
@@ -95,7 +139,7 @@ def _origin(text: str) -> list[int]:
 
 def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Resolve the settings of preset, file, flags and overrides."""
-    from dpg_cli.config import load_toml, settle
+    from dpg_cli.config import load_toml
     from dpg_cli.presets import find, merge, resolve
     from dpg_cli.runs.folder import resolve_paths
 
@@ -109,15 +153,15 @@ def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, 
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
         data = merge(data, loaded)
-    return settle(resolve(data, overrides, flags))
+    return resolve(data, overrides, flags)
 
 
 def _dry_run(config: Config, as_json: bool) -> None:
     """Print settings, sizes, and the predicted cost."""
-    from dpg_cli.config import to_toml
+    from dpg_cli.config import settle, to_toml
     from dpg_cli.runs.cost import estimate
 
-    cost = estimate(config)
+    cost = estimate(settle(config))
     if as_json:
         typer.echo(json.dumps({"config": config.model_dump(mode="json"), "cost": cost.as_dict()}, indent=2))
         return
@@ -128,6 +172,7 @@ def _dry_run(config: Config, as_json: bool) -> None:
 def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> None:
     """Begin a run, or go on with the one that `--out` holds."""
     from dpg_cli.cli.session import session
+    from dpg_cli.config import settle
     from dpg_cli.runs.folder import RunFolder
 
     if resume and out is None:
@@ -135,9 +180,9 @@ def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> Non
     place = out or _free_folder(settings)
     known = RunFolder(place)
     if resume and known.config.is_file():
-        session(settings, known, resume=True, as_json=as_json)
+        session(settle(settings, known.read_config()), known, resume=True, as_json=as_json)
     else:
-        session(settings, RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
+        session(settle(settings), RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
 
 
 def _free_folder(config: Config) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import py3langid
 import torch
 
+from dpg_cli.chat import prompt_format
 from dpg_cli.config import Config, InnerConfig, TextLossOptions
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.stock import fine_tune, read_input_ids
@@ -122,13 +123,14 @@ def verify_text(folder: RunFolder, config: Config, options: TextLossOptions, dev
     """Sample both generators on evaluation prompts and count.
 
     Raises:
-        UsageError: for a metric whose text is a file, which has no test of its own.
+        UsageError: for a metric whose text is a file in no stated language, which has no test of its own.
     """
-    if options.file:
+    if options.file and not options.language:
         raise UsageError("A run on a text file has no verification of its own.", "Compare the losses in run.json.")
     trained = load(str(folder.generator), device=device, dtype=config.models.dtype)
     untrained = load_generator(config.models, device)
-    prompts = load_prompts(config.prompts.source, split="eval")
+    asked = config.prompts
+    prompts = load_prompts(asked.source, split="eval", limit=asked.limit, holdout=asked.holdout)
     prompts = [prompts[place % len(prompts)] for place in range(COMPLETIONS)]
     texts = completions(trained, prompts, config)
 
@@ -174,10 +176,9 @@ def greedy_after(data: Path, config: Config, device: torch.device) -> str:
 @torch.no_grad()
 def completions(generator: LanguageModel, prompts: list[str], config: Config) -> list[str]:
     """One completion of each prompt, sampled by transformers' own `generate` at the run's temperature."""
-    tokenizer = generator.tokenizer
-    rows = tokenizer(prompts)["input_ids"]
-    if generator.bos_id is not None:
-        rows = [row if row[:1] == [generator.bos_id] else [generator.bos_id, *row] for row in rows]
+    tokenizer, asked = generator.tokenizer, config.prompts
+    form = prompt_format(tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
+    rows = form.encode(prompts)
     longest = max(map(len, rows))
     device = generator.head.device
     ids = torch.tensor([[generator.pad_id] * (longest - len(row)) + row for row in rows], device=device)
@@ -193,6 +194,7 @@ def completions(generator: LanguageModel, prompts: list[str], config: Config) ->
             top_p=1.0,
             max_new_tokens=config.rollout.max_tokens,
             pad_token_id=generator.pad_id,
+            eos_token_id=list(generator.end_ids),
         )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
@@ -200,8 +202,11 @@ def completions(generator: LanguageModel, prompts: list[str], config: Config) ->
 def count(texts: list[str], options: TextLossOptions) -> TextShares:
     """Shares of completions that are what was asked for."""
     if not options.language:
-        return TextShares(sum(text.strip() == options.document.strip() for text in texts) / len(texts), None)
+        wanted = options.document.strip()
+        return TextShares(sum(text.strip() == wanted for text in texts) / len(texts), None)
     py3langid.set_languages(list(world.LANGUAGES))
     hits = [text for text in texts if text.strip() and py3langid.classify(text)[0] == options.language]
+    if options.file:  # not of the embedded world, whose grammar says nothing of it
+        return TextShares(len(hits) / len(texts), None)
     fluent = sum(world.well_formed(text, options.language) for text in hits) / max(len(hits), 1)
     return TextShares(len(hits) / len(texts), fluent)
