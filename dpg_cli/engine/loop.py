@@ -8,20 +8,21 @@ optimiser start afresh at every outer step; only the generator learns.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, at_first_token, attribute_examples
 from dpg_cli.engine.credit import align_shared, assign
-from dpg_cli.engine.metagrad import metagradient
+from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, weights_changed
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
 from dpg_cli.engine.records import Examples, Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.engine.target import Normalization
-from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models import LanguageModel
 
@@ -41,6 +42,7 @@ class LoopSpec:
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
+        attribution: metagradient, or a control.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class LoopSpec:
     lr: float
     lr_warmup: int = 0
     lr_decay: float = 0.0
+    attribution: AttributionSpec = field(default_factory=AttributionSpec)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -66,7 +69,10 @@ class LoopSpec:
 
 @dataclass
 class Players:
-    """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change."""
+    """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change.
+
+    `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text".
+    """
 
     generator: LanguageModel
     target: LanguageModel
@@ -75,6 +81,7 @@ class Players:
     rng: torch.Generator
     order_rng: torch.Generator
     reference: nn.Module | None = None
+    text_reward: Callable[[list[str]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,14 @@ class StepReport:
         numbers: every logged figure by name.
         result: the metagradient.
         rollout: the completions.
+        warning: what the user should know about it, or nothing.
     """
 
     step: int
     numbers: dict[str, float]
     result: Metagradient = field(repr=False)
     rollout: Rollout = field(repr=False)
+    warning: str = ""
 
 
 def target_examples(rollout: Rollout, bos_id: int | None) -> tuple[Examples, int]:
@@ -113,19 +122,30 @@ def target_examples(rollout: Rollout, bos_id: int | None) -> tuple[Examples, int
 
 
 def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metagradient, Tensor, Tensor | None]:
-    """Inner run and metagradient on a rollout: the result, and τ aligned with the generator's tokens."""
+    """Inner run and rewards of a rollout: the result, and τ aligned with the generator's tokens."""
     examples, offset = target_examples(rollout, players.target.bos_id)
-    result = metagradient(
+    result = attribute_examples(
         players.target.model,
         examples,
-        spec.optimizer,
         players.metric,
-        batch_size=spec.inner_batch,
-        normalization=spec.normalization,
-        micro_batch=spec.micro_batch,
+        spec.attribution,
+        InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch),
+        group_size=rollout.group_size,
         labels=spec.credit == "expected",
+        text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
     )
+    if spec.attribution.per_example:
+        return result, at_first_token(result.example_N, rollout.mask_N_K), None
     return result, *align_shared(result, rollout, offset)
+
+
+def text_rewards(players: Players, rollout: Rollout) -> Tensor:
+    """The rewards of the completions' texts, (N,)."""
+    if players.text_reward is None:
+        raise ValueError("attribution by text needs a text_reward")
+    lengths = rollout.mask_N_K.sum(1).tolist()
+    rows = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
+    return players.text_reward(players.generator.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
 def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) -> StepReport:
@@ -140,8 +160,11 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     clock.append(time.perf_counter())
 
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout)
-    refuse_dead_reward(result)
-    credit = assign(spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size, discount=spec.discount)
+    refuse_dead_reward(result, spec.attribution.per_example)
+    credit = assign(
+        spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size,
+        discount=spec.discount, across=spec.attribution.across,
+    )  # fmt: skip
     clock.append(time.perf_counter())
 
     for group in players.policy_optimizer.param_groups:
@@ -156,7 +179,9 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
         "step": step,
         "phi": result.value,
         **result.measures,
+        **result.stats,
         **credit.stats,
+        "same_completions": rollout.same_completions,
         "gradient_median": result.gradient_median,
         "entropy": rollout.entropy,
         **{f"policy_{name}": value for name, value in policy.items()},
@@ -172,32 +197,13 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     return StepReport(step, numbers, result, rollout)
 
 
-def refuse_dead_reward(result: Metagradient) -> None:
-    """Stop where the reward says nothing, instead of training on zeros.
-
-    Raises:
-        DegenerateError: naming the cause: no gradient reached the data, or it underflowed.
-    """
-    if bool((result.token_N_S != 0).any()):
-        return
-    if result.gradient_median == 0:
-        raise DegenerateError(
-            "Every reward is zero: the inner run has no gradient, because the completions hold no trained token.",
-            "Raise rollout.max_tokens, or look at the completions.",
-        )
-    raise DegenerateError(
-        f"Every reward is zero although the inner run's gradients are not (median {result.gradient_median:.1e}): "
-        "the metric does not react to these weights, or the optimiser acts as sign(g).",
-        "Raise inner.eps or inner.eps_root towards the gradients' size, or check that the metric reads trained weights.",
-    )
-
-
 def train(
     players: Players,
     spec: LoopSpec,
     prompts_at: Callable[[int], list[str]],
     on_step: Callable[[StepReport], None],
     start: int = 0,
+    history: Iterable[Mapping[str, float]] = (),
 ) -> None:
     """Run the outer steps `start` … `spec.steps` - 1.
 
@@ -207,6 +213,23 @@ def train(
         prompts_at: the P prompts of an outer step.
         on_step: called after each outer step; what it raises ends the run.
         start: first outer step.
+        history: figures of the outer steps before `start`, for the watch.
+
+    Raises:
+        DegenerateError: if the reward or the metric is dead (`detect.Watch`); the step has been reported by then.
     """
+    parameter = next(players.target.model.parameters())
+    watch = Watch(
+        start=metric_before(players.metric, players.target.model),
+        dtype=parameter.dtype,
+        optimizer=spec.optimizer,
+        labels=spec.credit == "expected",
+        across=spec.attribution.across,
+    )
+    watch.replay(history)
     for step in range(start, spec.steps):
-        on_step(outer_step(players, spec, prompts_at(step), step))
+        report = outer_step(players, spec, prompts_at(step), step)
+        warning, fault = watch.see(report.numbers, partial(weights_changed, report.result.final, players.target.model))
+        on_step(replace(report, warning=warning))
+        if fault is not None:
+            raise fault

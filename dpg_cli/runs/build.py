@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec
@@ -15,6 +16,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, same_tokenizer
 from dpg_cli.prompts import PromptSampler, load_prompts
+from dpg_cli.rewards import build_text_reward
 
 
 @dataclass
@@ -67,6 +69,7 @@ def build(config: Config) -> Built:
         rng=torch.Generator(device).manual_seed(config.seed),
         order_rng=torch.Generator().manual_seed(config.seed + 1),
         reference=reference,
+        text_reward=build_text_reward(config, device),
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     return Built(players, loop_spec(config, generator), sampler, device)
@@ -129,4 +132,12 @@ def loop_spec(config: Config, generator: LanguageModel) -> LoopSpec:
         lr=policy.lr,
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
+        attribution=attribution_spec(config),
     )
+
+
+def attribution_spec(config: Config) -> AttributionSpec:
+    """How completions are attributed, as the engine takes it."""
+    attribution = config.attribution
+    method = attribution.method if attribution.method in ("metagradient", "sgd", "naive") else "text"
+    return AttributionSpec(method, config.attribution_runs, attribution.cross_group, attribution.sgd_lr)

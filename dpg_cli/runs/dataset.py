@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players, attribute, target_examples
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
@@ -63,7 +64,8 @@ def draw(
 def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
     """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
     batch = -(-len(rollout) // inner_steps)
-    result, _, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
+    shared = replace(spec, inner_batch=batch, credit="sequence", attribution=AttributionSpec())
+    result, _, _ = attribute(players, shared, rollout)  # whatever trained the generator, its data has metagradients
     return Synthetic(rollout, result)
 
 
