@@ -43,6 +43,12 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example steps=12 or inner.lr=1e-4.")
     ] = None,
+    total_examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2**31, help="Completions in all: sets steps, so that batch sizes compare at equal examples."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
@@ -59,6 +65,44 @@ def run(
 
         dpg run --config runs/mine/config.toml --out runs/again
     """
+    settings = settings_of(
+        task=task,
+        image=image,
+        text=text,
+        qr_version=qr_version,
+        error_correction=error_correction,
+        patch_origin=patch_origin,
+        language=language,
+        scale=scale,
+        config=config,
+        overrides=overrides,
+        total_examples=total_examples,
+        seed=seed,
+        device=device,
+    )
+    if dry_run:
+        _dry_run(settings, as_json)
+    else:
+        _run(settings, out, as_json)
+
+
+def settings_of(
+    *,
+    task: str | None,
+    image: Path | None,
+    text: str | None,
+    qr_version: int | None,
+    error_correction: str | None,
+    patch_origin: str | None,
+    language: str | None,
+    scale: str,
+    config: Path | None,
+    overrides: list[str] | None,
+    total_examples: int | None,
+    seed: int | None,
+    device: str | None,
+) -> Config:
+    """The settings that the options of `dpg run` make; `dpg check` takes every option that is named here."""
     metric = {
         "image": None if image is None else str(image.resolve()),
         "text": text,
@@ -73,10 +117,17 @@ def run(
         "metric": {k: v for k, v in metric.items() if v is not None},
     }
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
-    if dry_run:
-        _dry_run(settings, as_json)
-    else:
-        _run(settings, out, as_json)
+    return settings if total_examples is None else _at_total(settings, total_examples)
+
+
+def _at_total(settings: Config, total: int) -> Config:
+    """The same settings with as many outer steps as use that many completions in all."""
+    if total < settings.examples_per_step:
+        raise UsageError(
+            f"--total-examples {total} is less than the {settings.examples_per_step} completions of one outer step.",
+            "Lower prompts.per_step, or give more.",
+        )
+    return settings.model_copy(update={"steps": round(total / settings.examples_per_step)})
 
 
 def _origin(text: str) -> list[int]:
