@@ -41,7 +41,7 @@ def check(
             typer.echo(line)
     if not report.learnable:
         names = ", ".join(finding.name for finding in report.failures)
-        remedies = ", ".join(finding.remedy for finding in report.failures if finding.remedy)
+        remedies = " ".join(dict.fromkeys(finding.remedy for finding in report.failures if finding.remedy))
         raise DegenerateError(f"{report.task} cannot learn with these settings: {names}.", f"Try {remedies}.")
 
 

@@ -15,7 +15,7 @@ from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
 from dpg_cli.engine.loop import LoopSpec, attribute, target_examples
-from dpg_cli.engine.optim import OptimizerSpec
+from dpg_cli.engine.optim import OptimizerSpec, initial_state, update
 from dpg_cli.engine.records import Rollout
 from dpg_cli.engine.rollout import sample
 from dpg_cli.errors import DegenerateError
@@ -105,7 +105,9 @@ def _attribution(
     gradient_method = method in ("metagradient", "sgd")
     read = (theta_bar != 0) & (grad != 0)
     unit = float(result.example_N.abs().sum()) if method == "metagradient" else 0.0
-    found = [movement(before, result.value, spec.optimizer.lr, theta, final, read, unit)]
+    exact = theta.double()
+    planned = update(spec.optimizer, initial_state(spec.optimizer, exact), grad.double(), 0).theta - exact
+    found = [movement(before, result.value, spec.optimizer.lr, theta, final, planned, read, unit)]
     found.append(
         spread(
             credit.stats,
@@ -127,9 +129,9 @@ def _attribution(
         return found
     probe = _precise(config, built, replace(probe, inner=replace(inner, optimizer=optimizer)), make)
     on_stage("finite differences")
-    found.append(finite_differences(probe.first(DIFFERENCES)))
+    found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
     on_stage("metasmoothness")
-    found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested if sign.verdict != "ok" else ""))
+    found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
     return found
 
 

@@ -95,8 +95,13 @@ class Probe:
         ).example_N
 
 
-def finite_differences(probe: Probe) -> Finding:
-    """Does τ agree with differences of Φ on the examples where it is largest?"""
+def finite_differences(probe: Probe, eps_first: str = "") -> Finding:
+    """Does τ agree with differences of Φ on the examples where it is largest?
+
+    Args:
+        probe: the inner runs.
+        eps_first: a larger ε to suggest, where the optimiser acts as sign(g); else the learning rate is to be changed.
+    """
     tau = probe.rewards()
     chosen = tau.abs().argsort(descending=True)[:COMPARED]
     double = tau.dtype == torch.float64
@@ -118,13 +123,14 @@ def finite_differences(probe: Probe) -> Finding:
     if verdict != "ok":
         reason = "cannot be told from rounding" if best <= 3 * floor else "Φ bends within so small a step"
         says += f"; {reason} (rounding {floor:.1e})"
-    lr = probe.inner.optimizer.lr
+    lr = rounded(probe.inner.optimizer.lr * (10 if best <= 3 * floor else 0.1))
+    change = ("inner.eps", eps_first) if eps_first else ("inner.lr", lr)
     return Finding(
         "finite differences",
         verdict,
         says,
         {"relative_error": best, "examples": len(chosen), "h": step, "rounding": floor, "dtype": precision},
-        *(() if verdict == "ok" else ("inner.lr", rounded(lr * (10 if best <= 3 * floor else 0.1)))),
+        *(() if verdict == "ok" else change),
     )
 
 
@@ -152,7 +158,8 @@ def metasmoothness(probe: Probe, eps_first: str = "") -> Finding:
     right_way = changes[0.5] > 0 > changes[-0.5]
     verdict: VerdictWord = "ok" if r2 >= STRAIGHT else "warn" if (r2 >= BENT and right_way) or noise > 0.1 else "fail"
     says = (
-        f"Φ departs {departure:.0%} from the metagradient's line when weights change by half (R² {r2:.3f} up to all); "
+        f"Φ departs {'tenfold or more' if departure > 10 else format(departure, '.0%')} from the metagradient's line when "
+        f"weights change by half (R² {r2:.3f} up to all); "
         f"{agreement:.0%} of the target's movement keeps its sign"
     )
     if noise > 0.1:
@@ -192,8 +199,8 @@ def epsilon(spec: OptimizerSpec, grad: Tensor, theta_bar: Tensor, steps: int) ->
     root = spec.eps_root**0.5
     says = (
         f"{share:.0%} of the coordinates that the metric reads update by sign(g): |g| {low:.1e} / {median:.1e} / {high:.1e} "
-        f"(10, 50, 90 %), eps {spec.eps:.1e}, root of eps_root {root:.1e}"
-    )
+        f"(10, 50, 90 %), "
+    ) + (f"eps {spec.eps:.1e}, root of eps_root {root:.1e}" if spec.name == "adamw" else "SGD is linear in them")
     measured = {
         "sign_share": share,
         "elasticity": elastic,

@@ -17,7 +17,7 @@ LOW_ENTROPY = 0.1  # nats a token
 
 
 def movement(
-    before: float, after: float, lr: float, theta: Tensor, final: Tensor, read: Tensor, unit: float
+    before: float, after: float, lr: float, theta: Tensor, final: Tensor, planned: Tensor, read: Tensor, unit: float
 ) -> Finding:
     """Does the metric move at all in the inner run?
 
@@ -25,22 +25,23 @@ def movement(
         before, after: Φ(θ_0) and Φ(θ_T).
         lr: of the inner run.
         theta, final: θ_0 and θ_T, shape (n,).
+        planned: the first update before it is rounded to θ's precision, float64 (n,).
         read: the coordinates that the metric reads and the data moves, bool (n,).
         unit: what Φ can change by at the most, to first order: Σ|τ|; 0 where unknown.
     """
     size = abs(before) or 1.0
     relative = abs(after - before) / size
     limit = rounding(before, theta.dtype)
-    change, base = (final - theta)[read].abs(), theta[read].abs()
-    spacing = torch.nextafter(base, torch.full_like(base, torch.inf)) - base
-    ratio = change / spacing
-    steps = float(ratio.median()) if ratio.numel() else 0.0
+    base = theta[read].abs()
+    spacing = (torch.nextafter(base, torch.full_like(base, torch.inf)) - base).double()
+    steps = _median((final - theta)[read].double().abs() / spacing)
+    intended = max(steps, _median(planned[read].abs() / spacing))
     verdict: VerdictWord = "ok"
     factor = 1.0
     if steps < 1 or abs(after - before) <= limit:
-        verdict, factor = "fail", max(10.0, 64 / steps if steps > 0 else 1000.0)
+        verdict, factor = "fail", max(10.0, 64 / intended if intended > 0 else 1000.0)
     elif steps < STEPS_OF_ROUNDING or max(relative, unit / size) < STILL:
-        verdict, factor = "warn", max(3.0, 64 / steps, min(1e4, 1e-3 / max(relative, unit / size)))
+        verdict, factor = "warn", max(3.0, 64 / intended)
     says = (
         f"Φ goes from {before:.6g} to {after:.6g} in the inner run ({relative:.1e} of its size, rounding {limit / size:.0e}); "
         f"the weights that it reads move by {steps:.3g} steps of their rounding"
@@ -58,6 +59,11 @@ def movement(
     return Finding(
         "movement", verdict, says, measured, *(() if verdict == "ok" else ("inner.lr", rounded(lr * factor)))
     )
+
+
+def _median(values: Tensor) -> float:
+    """The median; 0 of nothing."""
+    return float(values.median()) if values.numel() else 0.0
 
 
 def spread(
