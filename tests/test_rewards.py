@@ -93,7 +93,9 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_embedding_similarity(tmp_path: Path) -> None:
     """With a sentence model made of the embedded LM: a held-out text is closer to them all than another language's."""
     library = pytest.importorskip("sentence_transformers", reason="the optional extra `embedding` is not installed")
-    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules", reason="needs version 5.2 or newer")
+    modules = pytest.importorskip(
+        "sentence_transformers.sentence_transformer.modules", reason="this version has its modules elsewhere"
+    )
     from dpg_cli.rewards import Embedding
 
     parts = [modules.Transformer(str(MODEL_DIR)), modules.Pooling(96)]
