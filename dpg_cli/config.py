@@ -179,6 +179,30 @@ class InnerConfig(Section):
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
 
 
+class AttributionConfig(Section):
+    """What a completion is worth: the metagradient, or one of the paper's controls and ablations."""
+
+    method: Literal["metagradient", "sgd", "naive", "edit-distance", "language-id", "embedding"] = Field(
+        "metagradient",
+        description="sgd: through an SGD inner run; naive: each example gets Φ of its inner run; the rest read the text",
+    )
+    sgd_lr: NonNegative = Field(
+        0.0,
+        description="of the SGD inner run that `sgd` differentiates; 0: its first step is as long as the optimiser's",
+    )
+    cross_group: bool = Field(
+        True, description="completions of one prompt may share an inner run; false: at most one of them in each"
+    )
+    inner_runs: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="inner runs that share an outer step's completions; 0: one, or G without cross_group"
+    )
+    language: Literal["", "en", "es", "de", "fr", "it"] = Field(
+        "", description="language-id: the asked language, by default the metric's"
+    )
+    documents: PositiveInt = Field(64, description="edit-distance and embedding: held-out texts to compare with")
+    embedding_model: str = Field("", description="embedding: a sentence-transformers folder or hub name")
+
+
 class CreditConfig(Section):
     """How rewards reach tokens."""
 
@@ -236,6 +260,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     inner: InnerConfig = InnerConfig()
+    attribution: AttributionConfig = AttributionConfig()
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -250,6 +275,45 @@ class Config(Section):
     def inner_steps(self) -> int:
         """T = ceil(N / B), optimiser steps an inner run."""
         return -(-self.examples_per_step // self.inner.batch_size)
+
+    @property
+    def attribution_runs(self) -> int:
+        """Inner runs that an outer step's completions are attributed in."""
+        return self.attribution.inner_runs or (1 if self.attribution.cross_group else self.rollout.group_size)
+
+    @model_validator(mode="after")
+    def _attributable(self) -> Config:
+        """Combinations of attribution, credit and metric that have no meaning."""
+        attribution, runs, group = self.attribution, self.attribution_runs, self.rollout.group_size
+        if attribution.method not in ("metagradient", "sgd") and self.credit.mode != "sequence":
+            raise ValueError(
+                f"credit.mode: {self.credit.mode!r} needs a value for each token, and attribution.method = "
+                f"{attribution.method!r} has one for each example; set credit.mode = 'sequence'"
+            )
+        if attribution.method == "naive" and runs < 2:
+            raise ValueError(
+                "attribution.inner_runs: with method = 'naive' and one inner run every completion gets the same reward; "
+                "set attribution.cross_group = false, or attribution.inner_runs to at least 2"
+            )
+        if attribution.cross_group and runs > self.prompts.per_step:
+            raise ValueError(
+                f"attribution.inner_runs: {runs} are more than the {self.prompts.per_step} groups (prompts.per_step)"
+            )
+        if not attribution.cross_group and (runs % group or runs > self.examples_per_step):
+            raise ValueError(
+                f"attribution.inner_runs: without cross_group it must be a multiple of rollout.group_size ({group}), "
+                f"at most {self.examples_per_step}"
+            )
+        if attribution.method in ("edit-distance", "embedding") and self.metric.name != "text-loss":
+            raise ValueError(
+                f"attribution.method: {attribution.method!r} compares with held-out texts, and the metric "
+                f"{self.metric.name!r} has none; it is for text-loss tasks"
+            )
+        if attribution.method == "language-id" and not (attribution.language or getattr(self.metric, "language", "")):
+            raise ValueError("attribution.language: method = 'language-id' needs a language; give en, es, de, fr or it")
+        if attribution.method == "embedding" and not attribution.embedding_model:
+            raise ValueError("attribution.embedding_model: method = 'embedding' needs a folder or a hub name")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

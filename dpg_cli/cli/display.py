@@ -104,6 +104,8 @@ class RunDisplay:
 
     def step(self, report: StepReport) -> None:
         """An outer step is done."""
+        if report.warning:
+            self.console.print(f"warning: outer step {report.step + 1}: {report.warning}", markup=False)
         numbers = report.numbers
         self.recent.append(numbers["seconds"])
         done = report.step + 1

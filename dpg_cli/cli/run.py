@@ -1,13 +1,14 @@
-"""`dpg run`: settings from preset, file and flags; the run; its live display; the summary."""
+"""`dpg run`: its options; the dry run; the run."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpg_cli.cli.settings import settings_of
 from dpg_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _PATTERN = "Pattern tasks"
 _OWN = "Your own models and prompts"
-TEXT_TASKS = ("language-rephrase",)
 
 
 def run(
@@ -70,6 +70,12 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example steps=12 or inner.lr=1e-4.")
     ] = None,
+    total_examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2**31, help="Completions in all: sets steps, so that batch sizes compare at equal examples."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
@@ -89,71 +95,11 @@ def run(
 
         dpg run --config runs/mine/config.toml --out runs/again
     """
-    from dpg_cli.runs.folder import OWN_PROMPTS
-    from dpg_cli.sources import absolute
-
-    metric = {
-        "image": None if image is None else str(image.resolve()),
-        "text": text,
-        "version": qr_version,
-        "error_correction": error_correction,
-        "language": language,
-        "uuid": uuid,
-        "origin": None if patch_origin is None else _origin(patch_origin),
-        "file": None if eval_text is None else absolute(eval_text),
-    }
-    flags: dict[str, Any] = {
-        "seed": seed,
-        "device": device,
-        "models": {**_model("generator", generator), **_model("target", target)},
-        "prompts": {} if prompts is None else {"source": prompts if prompts in OWN_PROMPTS else absolute(prompts)},
-        "metric": {k: v for k, v in metric.items() if v is not None},
-    }
-    if eval_text is not None and task is not None and task not in TEXT_TASKS:
-        raise UsageError(
-            f"--eval-text is for tasks that read held-out text ({', '.join(TEXT_TASKS)}); {task} reads none.",
-            "Leave it out.",
-        )
-    settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
+    settings = settings_of(locals())
     if dry_run:
         _dry_run(settings, as_json)
     else:
         _run(settings, out, resume, as_json)
-
-
-def _model(role: str, name: str | None) -> dict[str, str]:
-    """Settings of a model that a flag names: its own weights, whatever the preset begins with."""
-    if name is None:
-        return {}
-    path = Path(name).expanduser()
-    return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
-
-
-def _origin(text: str) -> list[int]:
-    """`ROW,COLUMN` as two numbers."""
-    parts = text.replace(" ", "").split(",")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0.")
-    return [int(part) for part in parts]
-
-
-def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
-    """Resolve the settings of preset, file, flags and overrides."""
-    from dpg_cli.config import load_toml
-    from dpg_cli.presets import find, merge, resolve
-    from dpg_cli.runs.folder import resolve_paths
-
-    data: dict[str, Any] = {}
-    if task is None and file is None:
-        raise UsageError("Nothing to run: neither a task nor --config is given.", "For example: dpg run qr-embed.")
-    if task is not None:
-        data = find(f"{task}.{scale}").data()
-    if file is not None:
-        loaded = resolve_paths(load_toml(file), file.resolve().parent)
-        if task is not None and loaded.get("task", task) != task:
-            raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
-        data = merge(data, loaded)
-    return resolve(data, overrides, flags)
 
 
 def _dry_run(config: Config, as_json: bool) -> None:

@@ -55,6 +55,7 @@ def assign(
     *,
     discount: float = 1.0,
     normalize: bool = True,
+    across: str = "group",
 ) -> Credit:
     """Turn metagradients, aligned with the generator's tokens, into advantages.
 
@@ -68,6 +69,7 @@ def assign(
         normalize: scale the advantages; off, all three modes have the same expected policy gradient. `sequence` divides
             by the standard deviation of each group, as the paper does; the others by one root mean square of the batch,
             which leaves the direction of the gradient alone.
+        across: "group", or "batch": `sequence` compares with the whole batch (naive attribution).
 
     Returns:
         The credit. Rows whose group has no spread get zero.
@@ -76,9 +78,10 @@ def assign(
     reward_N = token_N_K.sum(1)
     labels: Tensor | None = None
     if mode == "sequence":
-        deviation = leave_one_out(reward_N, group_size)
-        if normalize and group_size > 1:
-            spread = reward_N.unflatten(0, (-1, group_size)).std(1).repeat_interleave(group_size)
+        compared = len(reward_N) if across == "batch" else group_size
+        deviation = leave_one_out(reward_N, compared)
+        if normalize and compared > 1:
+            spread = reward_N.unflatten(0, (-1, compared)).std(1).repeat_interleave(compared)
             deviation = torch.where(spread > 0, deviation / spread, 0.0)
         advantage = deviation[:, None] * mask_N_K
     elif mode == "token":

@@ -7,23 +7,23 @@ optimiser start afresh at every outer step; only the generator learns.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.align import read_completions
+from dpg_cli.engine.align import completion_texts, read_completions
+from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, at_first_token, attribute_examples
 from dpg_cli.engine.credit import assign
-from dpg_cli.engine.metagrad import metagradient
+from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.engine.target import Normalization
-from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models import LanguageModel
 
@@ -44,6 +44,7 @@ class LoopSpec:
         policy: of the policy step.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
+        attribution: metagradient, or a control.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class LoopSpec:
     lr_warmup: int = 0
     lr_decay: float = 0.0
     max_length: int = 0
+    attribution: AttributionSpec = field(default_factory=AttributionSpec)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -70,7 +72,10 @@ class LoopSpec:
 
 @dataclass
 class Players:
-    """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change."""
+    """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change.
+
+    `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text".
+    """
 
     generator: LanguageModel
     target: LanguageModel
@@ -79,6 +84,7 @@ class Players:
     rng: torch.Generator
     order_rng: torch.Generator
     reference: nn.Module | None = None
+    text_reward: Callable[[list[str]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,28 +96,41 @@ class StepReport:
         numbers: every logged figure by name.
         result: the metagradient.
         rollout: the completions.
+        warning: what the user should know about it, or nothing.
     """
 
     step: int
     numbers: dict[str, float]
     result: Metagradient = field(repr=False)
     rollout: Rollout = field(repr=False)
+    warning: str = ""
 
 
 def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metagradient, Tensor, Tensor | None]:
-    """Inner run and metagradient on a rollout: the result, and τ aligned with the generator's tokens."""
+    """Inner run and rewards of a rollout: the result, and τ aligned with the generator's tokens."""
     reading = read_completions(rollout, players.generator, players.target, spec.max_length)
-    result = metagradient(
+    result = attribute_examples(
         players.target.model,
         reading.examples,
-        spec.optimizer,
         players.metric,
-        batch_size=spec.inner_batch,
-        normalization=spec.normalization,
-        micro_batch=spec.micro_batch,
+        spec.attribution,
+        InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch),
+        group_size=rollout.group_size,
         labels=spec.credit == "expected",
+        text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
     )
+    if spec.attribution.per_example:
+        return result, at_first_token(result.example_N, rollout.mask_N_K), None
     return result, *reading.to_completions(result)
+
+
+def text_rewards(players: Players, rollout: Rollout) -> Tensor:
+    """The rewards of the completions' texts, (N,)."""
+    if players.text_reward is None:
+        raise ValueError("attribution by text needs a text_reward")
+    lengths = rollout.mask_N_K.sum(1).tolist()
+    rows = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
+    return players.text_reward(completion_texts(players.generator.tokenizer, rows))
 
 
 def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) -> StepReport:
@@ -126,8 +145,11 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     clock.append(time.perf_counter())
 
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout)
-    refuse_dead_reward(result)
-    credit = assign(spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size, discount=spec.discount)
+    refuse_dead_reward(result, spec.attribution.per_example)
+    credit = assign(
+        spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size,
+        discount=spec.discount, across=spec.attribution.across,
+    )  # fmt: skip
     clock.append(time.perf_counter())
 
     for group in players.policy_optimizer.param_groups:
@@ -142,7 +164,9 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
         "step": step,
         "phi": result.value,
         **result.measures,
+        **result.stats,
         **credit.stats,
+        "same_completions": rollout.same_completions,
         "gradient_median": result.gradient_median,
         "entropy": rollout.entropy,
         **{f"policy_{name}": value for name, value in policy.items()},
@@ -159,43 +183,13 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     return StepReport(step, numbers, result, rollout)
 
 
-def refuse_nonfinite(numbers: dict[str, float]) -> None:
-    """Stop where the policy step or a figure of it overflowed: what was learnt then is lost.
-
-    Raises:
-        DegenerateError: naming the figure.
-    """
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise DegenerateError(f"The training diverged: {name} is {value}.", "Lower policy.lr or inner.lr.")
-
-
-def refuse_dead_reward(result: Metagradient) -> None:
-    """Stop where the reward says nothing, instead of training on zeros.
-
-    Raises:
-        DegenerateError: naming the cause: no gradient reached the data, or it underflowed.
-    """
-    if bool((result.token_N_S != 0).any()):
-        return
-    if result.gradient_median == 0:
-        raise DegenerateError(
-            "Every reward is zero: the inner run has no gradient, because the completions hold no trained token.",
-            "Raise rollout.max_tokens, or look at the completions.",
-        )
-    raise DegenerateError(
-        f"Every reward is zero although the inner run's gradients are not (median {result.gradient_median:.1e}): "
-        "the metric does not react to these weights, or the optimiser acts as sign(g).",
-        "Raise inner.eps or inner.eps_root towards the gradients' size, or check that the metric reads trained weights.",
-    )
-
-
 def train(
     players: Players,
     spec: LoopSpec,
     prompts_at: Callable[[int], list[str]],
     on_step: Callable[[StepReport], None],
     start: int = 0,
+    history: Iterable[Mapping[str, float]] = (),
 ) -> None:
     """Run the outer steps `start` … `spec.steps` - 1.
 
@@ -205,6 +199,23 @@ def train(
         prompts_at: the P prompts of an outer step.
         on_step: called after each outer step; what it raises ends the run.
         start: first outer step.
+        history: figures of the outer steps before `start`, for the watch.
+
+    Raises:
+        DegenerateError: if the reward or the metric is dead (`detect.Watch`); the step has been reported by then.
     """
+    parameter = next(players.target.model.parameters())
+    watch = Watch(
+        start=metric_before(players.metric, players.target.model),
+        dtype=parameter.dtype,
+        optimizer=spec.optimizer,
+        labels=spec.credit == "expected",
+        across=spec.attribution.across,
+    )
+    watch.replay(history)
     for step in range(start, spec.steps):
-        on_step(outer_step(players, spec, prompts_at(step), step))
+        report = outer_step(players, spec, prompts_at(step), step)
+        warning, fault = watch.see(report.numbers, partial(weights_changed, report.result.final, players.target.model))
+        on_step(replace(report, warning=warning))
+        if fault is not None:
+            raise fault

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.detect import regime
 from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, update
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Examples, Metagradient
@@ -161,6 +162,7 @@ def metagradient(
             label_N_S_V=label_N_S_V,
             final=final,
             gradient_median=float(moved.median()) if moved.numel() else 0.0,
+            stats=regime(optimizer, trace.steps[0].grad, theta_bar),
         )
     finally:
         model.train(training)

@@ -131,3 +131,22 @@ def adjoint(spec: OptimizerSpec, after: State, before: State, grad: Tensor, step
     return grad_bar, State(
         after.theta * (1 - spec.lr * spec.weight_decay), m_bar.mul_(spec.beta1), v_bar.mul_(spec.beta2)
     )
+
+
+def elasticity(spec: OptimizerSpec, grad: Tensor) -> Tensor:
+    """d log|u| / d log|g| of a first update: 1 where it is linear in the gradient, 0 where it is sign(g).
+
+    With fresh state u = g / (r + ε), r = √(g² + ε_root), so that the elasticity is 1 - g² / (r (r + ε)). At T = 1 every
+    metagradient carries this factor.
+
+    Args:
+        spec: the optimiser.
+        grad: g_0; where it is 0 the result is 1.
+    """
+    if spec.name == "sgd":
+        return torch.ones_like(grad)
+    square = grad.double().square()
+    root = (square + spec.eps_root).sqrt()
+    # (r² - g² + r ε) / (r (r + ε)): the same without cancellation
+    share = (spec.eps_root + root * spec.eps) / (root * (root + spec.eps))
+    return torch.where(grad == 0, 1.0, share).to(grad.dtype)

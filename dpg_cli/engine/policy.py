@@ -7,12 +7,14 @@ summed over tokens and divided by the number of completions, so that long and sh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.records import Credit, Rollout
+from dpg_cli.errors import DegenerateError
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ def policy_step(
 
     Returns:
         Means over the optimiser steps: gradient norm before clipping, share of clipped ratios, KL.
+
+    Raises:
+        DegenerateError: if a gradient is not finite; the generator keeps its weights.
     """
     model.train()
     sums: dict[str, float] = {}
@@ -134,6 +139,10 @@ def policy_step(
             loss.backward()
             limit = spec.max_grad_norm or float("inf")
             stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+            if not math.isfinite(stats["grad_norm"]):  # before it reaches the weights
+                raise DegenerateError(
+                    "The generator's gradient is not finite.", "Lower policy.lr, or look at the rewards."
+                )
             optimizer.step()
             steps += 1
             for key, value in stats.items():

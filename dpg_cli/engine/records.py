@@ -102,6 +102,14 @@ class Rollout:
     def __len__(self) -> int:
         return self.ids_N_K.shape[0]
 
+    @property
+    def same_completions(self) -> float:
+        """Share of groups whose completions are all the same; 0 where a group is one completion."""
+        if self.group_size == 1:
+            return 0.0
+        ids = self.ids_N_K.masked_fill(~self.mask_N_K, -1).unflatten(0, (-1, self.group_size))
+        return float((ids == ids[:, :1]).flatten(1).all(1).double().mean())
+
     def rows(self, index: Tensor) -> Rollout:
         """The rows of a 1-D index or boolean mask (grouping may be lost)."""
         numbers = torch.arange(len(self), device=self.ids_N_K.device)[index].tolist()
@@ -128,6 +136,7 @@ class Metagradient:
         label_N_S_V: τ_is(y), the same for every label y that could have stood at s; None unless asked for.
         final: θ_T by parameter name, detached.
         gradient_median: median |g_0| over parameters with a gradient, what ε must be compared with.
+        stats: further figures of the inner run for the log.
     """
 
     value: float
@@ -137,6 +146,7 @@ class Metagradient:
     label_N_S_V: Tensor | None
     final: dict[str, Tensor]
     gradient_median: float
+    stats: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

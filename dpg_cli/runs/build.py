@@ -10,6 +10,7 @@ import torch
 from dpg_cli.chat import PromptFormat, prompt_format
 from dpg_cli.config import Config
 from dpg_cli.engine.agreement import Agreement, agreement
+from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec
@@ -18,6 +19,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, same_tokenizer
 from dpg_cli.prompts import PromptSampler, load_prompts
+from dpg_cli.rewards import build_text_reward
 from dpg_cli.tiny import world
 
 COMPARED = 64  # texts on which tokenisers are compared
@@ -73,6 +75,7 @@ def build(config: Config) -> Built:
         rng=torch.Generator(device).manual_seed(config.seed),
         order_rng=torch.Generator().manual_seed(config.seed + 1),
         reference=reference,
+        text_reward=build_text_reward(config, device),
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
@@ -201,4 +204,12 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
         max_length=inner.max_length,
+        attribution=attribution_spec(config),
     )
+
+
+def attribution_spec(config: Config) -> AttributionSpec:
+    """How completions are attributed, as the engine takes it."""
+    attribution = config.attribution
+    method = attribution.method if attribution.method in ("metagradient", "sgd", "naive") else "text"
+    return AttributionSpec(method, config.attribution_runs, attribution.cross_group, attribution.sgd_lr)

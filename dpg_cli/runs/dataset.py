@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpg_cli.config import Config
 from dpg_cli.engine.align import completion_texts, read_completions
+from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players, attribute
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
@@ -66,7 +67,10 @@ def draw(
 def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
     """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
     batch = -(-len(rollout) // inner_steps)
-    result, token_N_K, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
+    shared = replace(spec, inner_batch=batch, credit="sequence", attribution=AttributionSpec())
+    result, token_N_K, _ = attribute(
+        players, shared, rollout
+    )  # whatever trained the generator, its data has metagradients
     return Synthetic(rollout, result, token_N_K)
 
 

@@ -1,0 +1,112 @@
+"""From the options of `dpg run` to the settings of a run; `dpg check` takes the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpg_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dpg_cli.config import Config
+
+METRIC_OPTIONS = {  # option -> key of the metric's section
+    "text": "text",
+    "qr_version": "version",
+    "error_correction": "error_correction",
+    "language": "language",
+    "uuid": "uuid",
+}
+OPTIONS = (  # every option that makes settings
+    *("task", "scale", "config", "overrides", "total_examples", "seed", "device"),
+    *("image", "patch_origin", "eval_text", "generator", "target", "prompts"),
+    *METRIC_OPTIONS,
+)
+TEXT_TASKS = ("language-rephrase",)
+
+
+def settings_of(options: Mapping[str, Any]) -> Config:
+    """The settings of preset, file, flags and overrides.
+
+    Args:
+        options: those of `dpg run` by name, at least those in `OPTIONS`.
+
+    Raises:
+        UsageError: for whatever does not fit; `ConfigError` names all faults of the settings together.
+    """
+    task, eval_text, total = options["task"], options["eval_text"], options["total_examples"]
+    if eval_text is not None and task is not None and task not in TEXT_TASKS:
+        raise UsageError(
+            f"--eval-text is for tasks that read held-out text ({', '.join(TEXT_TASKS)}); {task} reads none.",
+            "Leave it out.",
+        )
+    settings = _resolved(task, options["scale"], options["config"], _flags(options), options["overrides"] or [])
+    return settings if total is None else _at_total(settings, total)
+
+
+def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested settings that dedicated flags make; those not given are left out."""
+    from dpg_cli.runs.folder import OWN_PROMPTS
+    from dpg_cli.sources import absolute
+
+    image, origin, eval_text, prompts = (options[name] for name in ("image", "patch_origin", "eval_text", "prompts"))
+    metric = {
+        **{key: options[name] for name, key in METRIC_OPTIONS.items()},
+        "image": None if image is None else str(image.resolve()),
+        "origin": None if origin is None else _origin(origin),
+        "file": None if eval_text is None else absolute(eval_text),
+    }
+    flags: dict[str, Any] = {
+        "seed": options["seed"],
+        "device": options["device"],
+        "models": {**_model("generator", options["generator"]), **_model("target", options["target"])},
+        "prompts": {} if prompts is None else {"source": prompts if prompts in OWN_PROMPTS else absolute(prompts)},
+        "metric": {key: value for key, value in metric.items() if value is not None},
+    }
+    return {key: value for key, value in flags.items() if value not in (None, {})}
+
+
+def _model(role: str, name: str | None) -> dict[str, str]:
+    """Settings of a model that a flag names: its own weights, whatever the preset begins with."""
+    if name is None:
+        return {}
+    path = Path(name).expanduser()
+    return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
+
+
+def _origin(text: str) -> list[int]:
+    """`ROW,COLUMN` as two numbers."""
+    parts = text.replace(" ", "").split(",")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0.")
+    return [int(part) for part in parts]
+
+
+def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
+    """Preset, then file, then flags, then overrides."""
+    from dpg_cli.config import load_toml
+    from dpg_cli.presets import find, merge, resolve
+    from dpg_cli.runs.folder import resolve_paths
+
+    data: dict[str, Any] = {}
+    if task is None and file is None:
+        raise UsageError("Nothing to run: neither a task nor --config is given.", "For example: dpg run qr-embed.")
+    if task is not None:
+        data = find(f"{task}.{scale}").data()
+    if file is not None:
+        loaded = resolve_paths(load_toml(file), file.resolve().parent)
+        if task is not None and loaded.get("task", task) != task:
+            raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
+        data = merge(data, loaded)
+    return resolve(data, overrides, flags)
+
+
+def _at_total(settings: Config, total: int) -> Config:
+    """The same settings with as many outer steps as use that many completions in all."""
+    if total < settings.examples_per_step:
+        raise UsageError(
+            f"--total-examples {total} is less than the {settings.examples_per_step} completions of one outer step.",
+            "Lower prompts.per_step, or give more.",
+        )
+    return settings.model_copy(update={"steps": round(total / settings.examples_per_step)})

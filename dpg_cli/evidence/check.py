@@ -1,0 +1,151 @@
+"""Is a setting learnable? `dpg check`: one outer step's worth of measurements before hours are spent.
+
+Unlike the verification of a finished run, this uses the engine: its subject is the engine's reward under these settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from dpg_cli.config import Config
+from dpg_cli.engine.attribution import InnerSettings
+from dpg_cli.engine.credit import assign
+from dpg_cli.engine.detect import metric_before, refuse_dead_reward
+from dpg_cli.engine.loop import LoopSpec, attribute, target_examples
+from dpg_cli.engine.optim import OptimizerSpec, initial_state, update
+from dpg_cli.engine.records import Rollout
+from dpg_cli.engine.rollout import sample
+from dpg_cli.errors import DegenerateError
+from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
+from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
+from dpg_cli.evidence.check_reward import exploration, movement, spread, tokenisers
+from dpg_cli.models import same_tokenizer
+from dpg_cli.runs.build import Built, build
+
+COMPLETIONS = 256  # measured on, unless asked for more
+DIFFERENCES, SMOOTHNESS = 32, 128  # examples of the runs with changed data weights
+CHEAP = 20_000_000  # target parameters up to which a float64 copy is made
+
+
+def check(
+    config: Config,
+    *,
+    make: Callable[[Config], Built] = build,
+    completions: int = COMPLETIONS,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> CheckReport:
+    """Measure whether these settings can learn.
+
+    Args:
+        config: the settings.
+        make: from settings to live models.
+        completions: how many to measure on, at most an outer step's; the inner run keeps its T.
+        on_stage: called with the name of each stage that begins.
+
+    Raises:
+        UsageError: whatever `dpg run` would refuse.
+    """
+    on_stage("loading models")
+    torch.manual_seed(config.seed)
+    built = make(config)
+    players, target = built.players, built.players.target
+    group = config.rollout.group_size
+    prompts = built.prompts.at(0)[: max(1, completions // group)]
+    on_stage("sampling completions")
+    generator = players.generator
+    rollout = sample(generator.model, generator.tokenizer, prompts, built.spec.sampling, players.rng)
+    spec = scaled(built.spec, config, len(rollout))
+
+    same = same_tokenizer(generator, target)
+    findings = [
+        tokenisers(same, config.credit.mode),
+        exploration(rollout.entropy, generator.head.shape[0], config.rollout.temperature),
+    ]
+    if findings[0].verdict == "ok":
+        on_stage("attributing them")
+        findings += _attribution(config, built, spec, rollout, on_stage, make)
+    return CheckReport(config.task, len(rollout), config.examples_per_step, findings)
+
+
+def scaled(spec: LoopSpec, config: Config, count: int) -> LoopSpec:
+    """The loop's settings for fewer completions: the same T, and inner runs that they can fill."""
+    steps = min(config.inner_steps, count)
+    wanted, groups = spec.attribution, count // config.rollout.group_size
+    runs = min(wanted.runs, groups if wanted.cross_group else count)
+    return replace(spec, inner_batch=-(-count // steps), attribution=replace(wanted, runs=runs))
+
+
+def _attribution(
+    config: Config,
+    built: Built,
+    spec: LoopSpec,
+    rollout: Rollout,
+    on_stage: Callable[[str], None],
+    make: Callable[[Config], Built],
+) -> list[Finding]:
+    """The checks that need rewards; a reward that is dead is a finding too."""
+    players, method = built.players, spec.attribution.method
+    try:
+        result, token_N_K, labels = attribute(players, spec, rollout)
+        refuse_dead_reward(result, spec.attribution.per_example)
+        before = metric_before(players.metric, players.target.model)
+        examples, _ = target_examples(rollout, players.target.bos_id)
+        inner = InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch)
+        probe = Probe(players.target.model, players.metric, examples, inner)
+        theta, grad, final, theta_bar = probe.start()
+    except DegenerateError as error:
+        return [_dead(error, config)]
+    credit = assign(
+        spec.credit, token_N_K, labels, rollout.mask_N_K, rollout.group_size,
+        discount=spec.discount, across=spec.attribution.across,
+    )  # fmt: skip
+    gradient_method = method in ("metagradient", "sgd")
+    read = (theta_bar != 0) & (grad != 0)
+    unit = float(result.example_N.abs().sum()) if method == "metagradient" else 0.0
+    exact = theta.double()
+    planned = update(spec.optimizer, initial_state(spec.optimizer, exact), grad.double(), 0).theta - exact
+    found = [movement(before, result.value, spec.optimizer.lr, theta, final, planned, read, unit)]
+    found.append(
+        spread(
+            credit.stats,
+            rollout,
+            across=spec.attribution.across,
+            labels=spec.credit == "expected",
+            temperature=config.rollout.temperature,
+            runs=spec.attribution.runs,
+        )
+    )
+    if not gradient_method:
+        return found
+    optimizer = spec.optimizer
+    if method == "sgd":
+        optimizer = OptimizerSpec("sgd", lr=result.stats["sgd_lr"])
+    sign = epsilon(optimizer, grad, theta_bar, config.inner_steps)
+    found.append(sign)
+    if found[0].verdict == "fail":  # differences of a metric that does not move would measure rounding
+        return found
+    probe = _precise(config, built, replace(probe, inner=replace(inner, optimizer=optimizer)), make)
+    on_stage("finite differences")
+    found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
+    on_stage("metasmoothness")
+    found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
+    return found
+
+
+def _precise(config: Config, built: Built, probe: Probe, make: Callable[[Config], Built]) -> Probe:
+    """The same inner runs on a float64 copy of the target, where that is cheap."""
+    if config.models.dtype == "float64" or built.players.target.parameter_count > CHEAP or built.device.type == "mps":
+        return probe
+    double = make(config.model_copy(update={"models": config.models.model_copy(update={"dtype": "float64"})}))
+    return replace(probe, model=double.players.target.model, metric=double.players.metric)
+
+
+def _dead(error: DegenerateError, config: Config) -> Finding:
+    """A reward or a metric that stopped the measurement."""
+    setting, suggested = ("inner.lr", rounded(config.inner.lr / 10))
+    if error.cause.startswith("Every reward is zero"):
+        setting, suggested = ("inner.eps", rounded(max(1e-3, 10 * config.inner.eps)))
+    return Finding("reward", "fail", f"{error.cause} {error.remedy}".strip(), {}, setting, suggested)
