@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import presets, run, verify
+from dpg_cli.cli import metrics, presets, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("verify")(verify.verify)
 app.add_typer(presets.app, name="presets")
+app.add_typer(metrics.app, name="metrics")
 
 
 def _print_version(value: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpg_cli.cli.metric_flags import check_flags, custom_settings, metric_name, note_change, origin
 from dpg_cli.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ _PATTERN = "Pattern tasks"
 def run(
     task: Annotated[
         str | None,
-        typer.Argument(help="qr-embed, pattern-67, l2-shrink or language-rephrase; or leave it out and give --config."),
+        typer.Argument(
+            help="qr-embed, pattern-67, l2-shrink, language-rephrase or custom; or leave it out and give --config."
+        ),
     ] = None,
     image: Annotated[
         Path | None,
@@ -38,6 +41,17 @@ def run(
         typer.Option(help="ROW,COLUMN of the patch's upper-left corner in the LM head.", rich_help_panel=_PATTERN),
     ] = None,
     language: Annotated[str | None, typer.Option(help="es, de, fr or it.", rich_help_panel="language-rephrase")] = None,
+    parameter: Annotated[
+        str | None,
+        typer.Option(help="Whose norm to shrink; the LM head's by default.", rich_help_panel="l2-shrink"),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own target metric: FILE.py:Name, which is run, or the name of an installed one.",
+            rich_help_panel="custom",
+        ),
+    ] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -57,61 +71,61 @@ def run(
 
         dpg run qr-embed --image code.png --out runs/mine --seed 1
 
+        dpg run custom --metric mine.py:Mine --set metric.options.layer=1
+
         dpg run --config runs/mine/config.toml --out runs/again
     """
-    metric = {
+    metric_settings = {
         "image": None if image is None else str(image.resolve()),
         "text": text,
         "version": qr_version,
         "error_correction": error_correction,
         "language": language,
-        "origin": None if patch_origin is None else _origin(patch_origin),
+        "origin": None if patch_origin is None else origin(patch_origin),
+        "parameter": parameter,
+        **custom_settings(metric),
     }
     flags: dict[str, Any] = {
         "seed": seed,
         "device": device,
-        "metric": {k: v for k, v in metric.items() if v is not None},
+        "metric": {k: v for k, v in metric_settings.items() if v is not None},
     }
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
     if dry_run:
-        _dry_run(settings, as_json)
+        _dry_run(settings, as_json, metric)
     else:
-        _run(settings, out, as_json)
-
-
-def _origin(text: str) -> list[int]:
-    """`ROW,COLUMN` as two numbers."""
-    parts = text.replace(" ", "").split(",")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0.")
-    return [int(part) for part in parts]
+        _run(settings, out, as_json, metric)
 
 
 def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Resolve the settings of preset, file, flags and overrides."""
     from dpg_cli.config import load_toml
-    from dpg_cli.presets import find, merge, resolve
+    from dpg_cli.presets import find_task, merge, resolve
     from dpg_cli.runs.folder import resolve_paths
 
     data: dict[str, Any] = {}
     if task is None and file is None:
         raise UsageError("Nothing to run: neither a task nor --config is given.", "For example: dpg run qr-embed.")
     if task is not None:
-        data = find(f"{task}.{scale}").data()
+        data = find_task(task, scale).data()
     if file is not None:
         loaded = resolve_paths(load_toml(file), file.resolve().parent)
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
+        if task is None and "task" not in loaded:
+            raise UsageError(f"{file} names no task.", f"Name it: dpg run TASK --config {file}.")
+        note_change(loaded.get("metric", {}), flags.get("metric", {}))
         data = merge(data, loaded)
+    check_flags(flags.get("metric", {}), metric_name(data, overrides), task or str(data["task"]))
     return resolve(data, overrides, flags)
 
 
-def _dry_run(config: Config, as_json: bool) -> None:
+def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
     """Print settings, sizes, and the predicted cost."""
     from dpg_cli.config import to_toml
     from dpg_cli.runs.cost import estimate
 
-    cost = estimate(config)
+    cost = estimate(config, named_metric)
     if as_json:
         typer.echo(json.dumps({"config": config.model_dump(mode="json"), "cost": cost.as_dict()}, indent=2))
         return
@@ -119,7 +133,7 @@ def _dry_run(config: Config, as_json: bool) -> None:
     typer.echo(cost.as_text())
 
 
-def _run(config: Config, out: Path | None, as_json: bool) -> None:
+def _run(config: Config, out: Path | None, as_json: bool, named_metric: str | None) -> None:
     """Run, with a display on stderr and the outcome on stdout."""
     from dpg_cli.cli.display import RunDisplay
     from dpg_cli.runs.execute import execute
@@ -135,6 +149,7 @@ def _run(config: Config, out: Path | None, as_json: bool) -> None:
                 on_stage=display.stage,
                 on_built=display.built,
                 command=sys.argv,
+                named_metric=named_metric,
             )
     except KeyboardInterrupt:
         done = len(folder.read_metrics())

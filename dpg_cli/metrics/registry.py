@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.config import MetricOptions, NormOptions, PatternOptions, TextLossOptions
+from dpg_cli.config import CustomOptions, MetricOptions, NormOptions, PatternOptions, TextLossOptions
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.text_loss import TextLossMetric
+from dpg_cli.metrics.trial import build_custom
 from dpg_cli.models import LanguageModel
 from dpg_cli.patterns import Pattern, pattern_from_image, pattern_from_rows, pattern_from_text
 from dpg_cli.tiny import world
 
 
-def build_metric(options: MetricOptions, target: LanguageModel) -> TargetMetric:
+def build_metric(options: MetricOptions, target: LanguageModel, named: str | None = None) -> TargetMetric:
     """The metric that the options describe.
 
     Args:
         options: of the settings.
         target: before fine-tuning.
+        named: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         UsageError: if what the options name is not there or does not fit.
@@ -31,6 +33,8 @@ def build_metric(options: MetricOptions, target: LanguageModel) -> TargetMetric:
         return PatternMetric(target.model, pattern, options.sharpness, options.origin)
     if isinstance(options, NormOptions):
         return NormMetric(target.model, options.parameter)
+    if isinstance(options, CustomOptions):
+        return build_custom(options, target, named)
     texts, about = held_out(options)
     return TextLossMetric(target.model, encode(texts, target), about)
 

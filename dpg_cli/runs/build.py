@@ -34,8 +34,12 @@ class Built:
     device: torch.device
 
 
-def build(config: Config) -> Built:
+def build(config: Config, named_metric: str | None = None) -> Built:
     """Load models and prompts, make the metric, the policy optimiser and the RNGs.
+
+    Args:
+        config: the settings.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
@@ -44,7 +48,7 @@ def build(config: Config) -> Built:
     prompts = load_prompts(config.prompts.source)
     target = load_target(config.models, device)
     generator = load_generator(config.models, device)
-    metric = build_metric(config.metric, target)
+    metric = build_metric(config.metric, target, named_metric)
     check_lengths(config, generator, target, prompts)
     if not same_tokenizer(generator, target):
         raise UsageError(

@@ -15,6 +15,7 @@ from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
+from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
 from dpg_cli.runs.build import Built, build
@@ -47,6 +48,7 @@ def execute(
     on_stage: Callable[[str], None] = lambda stage: None,
     on_built: Callable[[Built], None] = lambda built: None,
     command: list[str] | None = None,
+    named_metric: str | None = None,
 ) -> Outcome:
     """Run DPG and write every artefact of DESIGN §6.
 
@@ -57,6 +59,7 @@ def execute(
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
         command: the command line, for `run.json`.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         DpgError: for bad settings, or a training that became degenerate.
@@ -64,13 +67,18 @@ def execute(
     started = time.perf_counter()
     on_stage("loading models")
     torch.manual_seed(config.seed)
-    built = build(config)
+    built = build(config, named_metric)
     on_built(built)
     folder.make()  # only now: what is refused above leaves nothing behind
     folder.write_config(config)
     if isinstance(built.players.metric, PatternMetric):
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)
     info = environment(config, str(built.device), command or [])
+    if isinstance(built.players.metric, UserMetric):
+        info["metric"] = built.players.metric.record()
+        if (source := built.players.metric.factory.source) is not None:
+            with replacing(folder.metric_file) as temporary:
+                temporary.write_bytes(source)
     write_json(folder.info, info)
 
     def log(report: StepReport) -> None:
@@ -144,7 +152,8 @@ def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
     assign_parameters(target.model, before)
     if isinstance(metric, Pictured):
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
-        save_file(tensors, folder.target / "patch.safetensors")
+        if tensors:
+            save_file(tensors, folder.target / "patch.safetensors")
         save_png(metric.picture(final), folder.image)
 
 
