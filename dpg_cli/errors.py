@@ -78,5 +78,5 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     near = near or [other for other in names if name and other.startswith(f"{name}.")]
     if near:
         return f"Did you mean {' or '.join(near)}?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"{otherwise}: {shown or 'nothing'}."
+    shown = ", ".join(names[:12])
+    return f"{otherwise}: {shown or 'nothing'}{', ...' if len(names) > 12 else '.'}"

@@ -1,7 +1,8 @@
 """Is the effect real? Means independent of the engine, and the untrained generator's data as control.
 
 Patterns, norms and custom metrics: a fresh target is fine-tuned by stock PyTorch on the exported dataset (`stock.py`); signs
-are read by zxing-cpp, norms and a custom Φ are compared with the control's by a margin (`effect.py`). Language and identifiers: the generator's completions of prompts it never trained on, sampled by transformers.
+are read by zxing-cpp, norms and a custom Φ are compared with the control's by a margin (`effect.py`). Language and
+identifiers: the generator's completions of prompts it never trained on, sampled by transformers.
 """
 
 from __future__ import annotations

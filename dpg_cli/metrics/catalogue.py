@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpg_cli.config import NormOptions, PatternOptions, TextLossOptions
+from dpg_cli.config import NormOptions, PatternOptions, Section, TextLossOptions
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import summary_of
 from dpg_cli.metrics.custom import Reference, installed, load, option_names, package
 
-BUILT_IN = {"pattern": PatternOptions, "norm": NormOptions, "text-loss": TextLossOptions}
+BUILT_IN: dict[str, type[Section]] = {"pattern": PatternOptions, "norm": NormOptions, "text-loss": TextLossOptions}
 
 
 @dataclass(frozen=True)

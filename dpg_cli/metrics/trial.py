@@ -18,8 +18,9 @@ from dpg_cli.metrics.custom import Factory, Reference
 from dpg_cli.models import LanguageModel
 
 RESERVED = frozenset(
-    "step reward_mean reward_std reward_within_groups dead_groups gradient_median entropy lr examples tokens "
-    "completion_tokens seconds seconds_rollout seconds_metagradient seconds_policy".split()
+    {"step", "reward_mean", "reward_std", "reward_within_groups", "dead_groups", "gradient_median", "entropy", "lr"}
+    | {"examples", "tokens", "completion_tokens"}
+    | {"seconds", "seconds_rollout", "seconds_metagradient", "seconds_policy"}
 )
 """Names in `metrics.jsonl` that a measure would overwrite; so would any that begins with `policy_`."""
 

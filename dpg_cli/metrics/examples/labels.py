@@ -19,7 +19,9 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
 from dpg_cli.models import LanguageModel
 from dpg_cli.tiny import world
-from dpg_cli.tiny.lexicon import SUBJECTS
+from dpg_cli.tiny.lexicon import TIMES
+
+BUSY = frozenset({"market", "bridge", "town"})
 
 
 class LabelAccuracy(Metric):
@@ -28,8 +30,8 @@ class LabelAccuracy(Metric):
     Args:
         target: before fine-tuning.
         file: JSON Lines with a `text` and a `label` string each; the label follows the text directly, so it usually begins
-            with a blank. By default sentences of the embedded world whose subject decides their last word: people
-            act " today.", animals " now.", which nothing in the world's own texts says.
+            with a blank. By default sentences of the embedded world whose place decides their last word: " today." at the
+            market, on the bridge and in the town, " now." elsewhere, which nothing in the world's own texts says.
 
     Raises:
         UsageError: if the file is not of that form, or a text is too long for the target.
@@ -40,7 +42,7 @@ class LabelAccuracy(Metric):
         pairs = read_pairs(Path(file).expanduser()) if file else world_pairs()
         bos = [] if target.bos_id is None else [target.bos_id]
         texts, labels = (
-            [target.tokenizer(part, add_special_tokens=False)["input_ids"] for part in p] for p in zip(*pairs)
+            [target.tokenizer(pair[side], add_special_tokens=False)["input_ids"] for pair in pairs] for side in (0, 1)
         )
         rows = [[*bos, *text, *label] for text, label in zip(texts, labels, strict=True)]
         limit = getattr(target.model.config, "max_position_embeddings", None)
@@ -74,18 +76,16 @@ class LabelAccuracy(Metric):
 
 
 def world_pairs(n: int = 48) -> list[tuple[str, str]]:
-    """The default set: sentences of the embedded world, cut before their time."""
-    animals = {SUBJECTS[name][0].partition("|")[0] for name in ("dog", "cat", "horse", "wolf", "mouse")}
-    pairs = []
-    for prompt in world.prompts("eval", n, seed=3):
-        words = prompt.removeprefix(world.PROMPT_PREFIX).split()
-        subject = next(word for word in words[1:] if word in ALL_SUBJECTS)
-        cut = len(words) - (2 if words[-2] == "this" else 1)
-        pairs.append((" ".join(words[:cut]), " now." if subject in animals else " today."))
-    return pairs
-
-
-ALL_SUBJECTS = {row[0].partition("|")[0] for row in SUBJECTS.values()}
+    """The default set: n sentences of the embedded world, cut before their time, half of each label."""
+    pairs: dict[str, list[tuple[str, str]]] = {" today.": [], " now.": []}
+    for prompt in world.prompts("eval", 8 * n, seed=3):
+        sentence = prompt.removeprefix(world.PROMPT_PREFIX).strip()
+        meaning = world.meaning_of(sentence, "en")
+        assert meaning is not None  # prompts are sentences of the world
+        text = sentence.removesuffix(f" {TIMES[meaning.time][0].partition('|')[0]}.")
+        label = " today." if meaning.place in BUSY else " now."
+        pairs[label].append((text, label))
+    return [pair for row in zip(*pairs.values(), strict=False) for pair in row][:n]
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
