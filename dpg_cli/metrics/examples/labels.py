@@ -21,8 +21,6 @@ from dpg_cli.models import LanguageModel
 from dpg_cli.tiny import world
 from dpg_cli.tiny.lexicon import TIMES
 
-BUSY = frozenset({"market", "bridge", "town"})
-
 
 class LabelAccuracy(Metric):
     """A higher accuracy on a small labelled set.
@@ -30,8 +28,8 @@ class LabelAccuracy(Metric):
     Args:
         target: before fine-tuning.
         file: JSON Lines with a `text` and a `label` string each; the label follows the text directly, so it usually begins
-            with a blank. By default sentences of the embedded world whose place decides their last word: " today." at the
-            market, on the bridge and in the town, " now." elsewhere, which nothing in the world's own texts says.
+            with a blank. By default sentences of the embedded world: one that has said its time in front ends at once,
+            one that has not must go on with " now.", and not with any other time.
 
     Raises:
         UsageError: if the file is not of that form, or a text is too long for the target.
@@ -76,16 +74,16 @@ class LabelAccuracy(Metric):
 
 
 def world_pairs(n: int = 48) -> list[tuple[str, str]]:
-    """The default set: n sentences of the embedded world, cut before their time, half of each label."""
-    pairs: dict[str, list[tuple[str, str]]] = {" today.": [], " now.": []}
-    for prompt in world.prompts("eval", 8 * n, seed=3):
+    """The default set: n sentences of the embedded world, every other one with its time in front, the rest without any."""
+    pairs = []
+    for number, prompt in enumerate(world.prompts("eval", n, seed=3)):
         sentence = prompt.removeprefix(world.PROMPT_PREFIX).strip()
         meaning = world.meaning_of(sentence, "en")
         assert meaning is not None  # prompts are sentences of the world
-        text = sentence.removesuffix(f" {TIMES[meaning.time][0].partition('|')[0]}.")
-        label = " today." if meaning.place in BUSY else " now."
-        pairs[label].append((text, label))
-    return [pair for row in zip(*pairs.values(), strict=False) for pair in row][:n]
+        time = TIMES[meaning.time][0].partition("|")[0]
+        text = sentence.removesuffix(f" {time}.")
+        pairs.append((f"{time} {text}", ".") if number % 2 else (text, " now."))
+    return pairs
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
