@@ -26,8 +26,9 @@ CASES = {
 def summary(verdict: dict, side: str) -> str:
     """One side of a verdict in words."""
     value = verdict[side]
-    if isinstance(value, float):
-        return f"norm {value:.4f} ({value - verdict['before']:+.4f})"
+    if "measures" in value:
+        norm = value["measures"]["norm"]
+        return f"norm {norm:.4f} ({norm - verdict['before']['norm']:+.4f})"
     if "pixel_accuracy" in value:
         return f"pixel accuracy {value['pixel_accuracy']:.4f}"
     return f"{value['hits']:.1%} as asked, {value['well_formed']:.1%} of them well-formed"

@@ -6,6 +6,7 @@ This module is free of torch, so that `dpg presets` answers at once. Sections fo
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,8 +120,37 @@ class TextLossOptions(Section):
         return self.text or self.uuid
 
 
-METRIC_NAMES = ("pattern", "norm", "text-loss")
-MetricOptions = Annotated[PatternOptions | NormOptions | TextLossOptions, Field(discriminator="name")]
+class CustomOptions(Section):
+    """A metric of the user's own, made as NAME(target, **options). docs/custom-metrics.md tells how to write one."""
+
+    name: Literal["custom"]
+    path: str = Field(
+        "", description="FILE.py:Name, a record that only --metric turns into code; or the name of an installed metric"
+    )
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field("", description="of the file")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the metric")
+
+    @model_validator(mode="after")
+    def _plain(self) -> CustomOptions:
+        for key, value in self.options.items():
+            if not key.isidentifier():
+                raise ValueError(f"options: {key!r} is no name of a keyword argument")
+            if not _is_plain(value):
+                raise ValueError(f"options.{key}: give finite numbers, texts, booleans, lists or tables of them")
+        return self
+
+
+def _is_plain(value: object) -> bool:
+    """Whether TOML can write a value and read it back equal (dates, which JSON lacks, are left out)."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+METRIC_NAMES = ("pattern", "norm", "text-loss", "custom")
+MetricOptions = Annotated[PatternOptions | NormOptions | TextLossOptions | CustomOptions, Field(discriminator="name")]
 
 
 class PromptsConfig(Section):

@@ -6,6 +6,9 @@ Anything else that is raised is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 MOST_FAULTS = 20  # shown in one message
 
 
@@ -66,3 +69,23 @@ class VerificationError(DpgError):
     """An effect could not be confirmed by independent means. Exit code 4."""
 
     exit_code = 4
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A remedy for an unknown name.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        otherwise: what stands before the list of `known` when none of them is near.
+
+    Returns:
+        "Did you mean x?", or the first few of `known`.
+    """
+    names = list(dict.fromkeys(known))
+    near = get_close_matches(name, names, n=2, cutoff=0.6)
+    near = near or [other for other in names if name and other.startswith(f"{name}.")]
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    shown = ", ".join(names[:12])
+    return f"{otherwise}: {shown or 'nothing'}{', ...' if len(names) > 12 else '.'}"

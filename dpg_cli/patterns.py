@@ -90,7 +90,8 @@ def pattern_from_text(text: str, *, version: int = 0, error_correction: str = "L
         raise UsageError("The text for the QR code is not valid Unicode.", "Remove its stray surrogates.") from None
     except (DataOverflowError, ValueError):  # qrcode 8 raises the latter past version 40
         cause = f"The text of {len(data)} bytes is too long for any QR code at level {error_correction}."
-        remedy = f"Version 40 holds {CAPACITY[error_correction]} bytes there; shorten the text or choose level L."
+        remedy = f"Version 40 holds {CAPACITY[error_correction]} bytes there; shorten the text"
+        remedy += "." if error_correction == "L" else " or choose level L."
         raise UsageError(cause, remedy) from None
     if version and needed > version:
         cause = f"The text of {len(data)} bytes does not fit in QR version {version} at level {error_correction}."
@@ -148,13 +149,14 @@ def pattern_from_image(path: Path | str, *, max_rows: int, max_cols: int) -> Pat
     return _bitmap(picture, colours, name, max_rows, max_cols)
 
 
-def check_fits(pattern: Pattern, rows: int, cols: int, origin: tuple[int, int]) -> None:
-    """Refuse a pattern that would reach past the LM head.
+def check_fits(pattern: Pattern, rows: int, cols: int, origin: tuple[int, int], matrix: str = "head") -> None:
+    """Refuse a pattern that would reach past its matrix.
 
     Args:
         pattern: the pattern.
-        rows, cols: size of the head, in token ids and hidden dimensions.
+        rows, cols: size of the matrix; for a head, token ids and hidden dimensions.
         origin: row and column of the patch's upper-left corner.
+        matrix: its name; "head" is the LM head.
 
     Raises:
         UsageError: if it does not fit there.
@@ -162,10 +164,11 @@ def check_fits(pattern: Pattern, rows: int, cols: int, origin: tuple[int, int]) 
     (height, width), (row, col) = pattern.shape, origin
     if row >= 0 and col >= 0 and row + height <= rows and col + width <= cols:
         return
-    remedy = "Use a smaller pattern (for a QR code a shorter text) or a target with a larger head."
+    larger = "head" if matrix == "head" else "matrix"
+    remedy = f"Use a smaller pattern (for a QR code a shorter text) or a target with a larger {larger}."
     if height <= rows and width <= cols:
         remedy = f"The origin can be at most ({rows - height}, {cols - width})."
-    where = f"({row}, {col}) in an LM head of {rows}x{cols}"
+    where = f"({row}, {col}) in {'an LM head' if matrix == 'head' else matrix} of {rows}x{cols}"
     raise UsageError(f"The {height}x{width} pattern does not fit at {where}.", remedy)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpg_cli.config import DEEPEST, Config, depth, load_toml, shown, validate
-from dpg_cli.errors import UsageError
+from dpg_cli.errors import UsageError, suggestion
 
 SOURCES = {"image", "text", "rows", "uuid"}  # what a metric's effect can be given by, one alone
 TOGETHER = {"language", "file"}  # or by these, which go together: texts, and the language they are in
@@ -70,8 +70,26 @@ def find(name: str) -> Preset:
     """
     presets = {preset.name: preset for preset in all_presets()}
     if name not in presets:
-        raise UsageError(f"There is no preset {shown(name)}.", f"Presets: {', '.join(presets)}.")
+        raise UsageError(f"There is no preset {shown(name)}.", suggestion(name, presets, "Presets"))
     return presets[name]
+
+
+def find_task(task: str, scale: str) -> Preset:
+    """The preset of a task at a scale.
+
+    Raises:
+        UsageError: naming the tasks, or the scales of this one.
+    """
+    presets = all_presets()
+    tasks = list(dict.fromkeys(preset.task for preset in presets))
+    if task not in tasks:
+        bare = task.partition(".")[0]
+        remedy = f"Did you mean {bare}?" if bare in tasks else suggestion(task, tasks, "Tasks")
+        raise UsageError(f"There is no task {task!r}.", remedy)
+    scales = {preset.scale: preset for preset in presets if preset.task == task}
+    if scale not in scales:
+        raise UsageError(f"The task {task} has no scale {scale!r}.", suggestion(scale, scales, "It has"))
+    return scales[scale]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

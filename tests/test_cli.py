@@ -185,6 +185,7 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
     (place / "long.txt").write_text("cat " * 500)
     (place / "full").mkdir()
     (place / "full" / "x").write_text("x")
+    (place / "partial.toml").write_text("steps = 3\n")
     (place / "other.toml").write_text('task = "other"\n')
     return {
         "no task": ["run"],
@@ -212,7 +213,36 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
         "missing prompts": ["run", "qr-embed", "--set", "prompts.source=none.txt"],
         "verify no run": ["verify", place / "full"],
         "unknown preset": ["presets", "show", "nope"],
+        "config without a task": ["run", "--config", place / "partial.toml"],
+        "flag of another task": ["run", "l2-shrink", "--text", "x"],
+        "negative origin": ["run", "qr-embed", "--patch-origin=-1,-1"],
+        "unknown parameter": ["run", "l2-shrink", "--parameter", "lm_head.wieght"],
+        "custom without a metric": ["run", "custom"],
+        "metric for another task": ["run", "l2-shrink", "--metric", "steer-direction"],
+        "missing metric file": ["run", "custom", "--metric", place / "none.py:X"],
+        "metric file from settings": ["run", "custom", "--set", f"metric.path={place / 'none.py'}:X"],
     }
+
+
+def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
+    (tmp_path / "partial.toml").write_text("steps = 3\n")
+    for arguments, message in (
+        (["presets", "show", "qr-embed"], "Did you mean qr-embed.tiny?"),
+        (["run", "qr-imbed"], "There is no task 'qr-imbed'. Did you mean qr-embed?"),
+        (["run", "qr-embed", "--scale", "tny"], "The task qr-embed has no scale 'tny'. Did you mean tiny?"),
+        (["run", "l2-shrink", "--text", "x"], "--text is for the tasks qr-embed and pattern-67, not for l2-shrink."),
+        (["run", "qr-embed", "--image", "a", "--text", "b"], "--image and --text exclude each other."),
+        (["run", "qr-embed", "--patch-origin=-1,-1"], "--patch-origin '-1,-1' is negative."),
+        (
+            ["run", "--config", "partial.toml"],
+            "partial.toml names no task. Name it: dpg run TASK --config partial.toml.",
+        ),
+        (["run", "l2-shrink", "--parameter", "lm_head.wieght"], "Did you mean lm_head.weight?"),
+        (["run", "qr-embed", "--text", "x" * 4000], "shorten the text."),
+        (["run", "qr-embed", "--text", "x" * 4000, "--error-correction", "H"], "shorten the text or choose level L."),
+    ):
+        answer = dpg(*arguments)
+        assert (answer.returncode, message in answer.stderr) == (2, True), (arguments, answer.stderr)
 
 
 def test_bad_input_gives_one_line_and_exit_code_2(tmp_path: Path) -> None:

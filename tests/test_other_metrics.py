@@ -11,8 +11,8 @@ from builders import make_examples, make_target
 from dpg_cli.config import TextLossOptions, validate
 from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.evidence.effect import EffectVerdict, Reading
 from dpg_cli.evidence.text import count
-from dpg_cli.evidence.verify import NormVerdict
 from dpg_cli.metrics.base import Pictured, TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.registry import build_metric, held_out
@@ -120,7 +120,41 @@ def test_shares_of_completions_by_hand() -> None:
     assert (exact.hits, exact.well_formed) == (0.5, None)
 
 
-def test_norm_verdicts() -> None:
-    assert NormVerdict("x", 2.0, 1.9, 1.95).verified
-    assert not NormVerdict("x", 2.0, 1.97, 1.95).verified
-    assert not NormVerdict("x", 2.0, 2.1, 2.2).verified
+def verdict(before: float, data: list[float], control: list[float]) -> EffectVerdict:
+    """From Φ before, and after each dataset and its quarters."""
+    readings = [Reading({"phi": values[0]}, tuple(values[1:]), 8, 1) for values in (data, control)]
+    return EffectVerdict("x", {"phi": before}, *readings)
+
+
+def test_verdicts_by_a_margin() -> None:
+    good = verdict(0.0, [5.0, 4.9, 5.0, 5.0, 5.1], [1.0, 0.9, 1.0, 1.0, 1.1])
+    assert good.verified
+    assert (good.gap, good.spread) == (pytest.approx(3.8), pytest.approx(0.2))
+    overlap = verdict(0.0, [5.0, 1.0, 5.0, 5.0, 9.0], [1.0, 0.9, 1.0, 1.0, 1.1])
+    assert not overlap.verified
+    assert "no more than chance" in overlap.reason
+    apart_but_wide = verdict(0.0, [5.0, 4.0, 5.0, 5.0, 6.0], [1.0, 0.0, 1.0, 1.0, 2.1])
+    assert apart_but_wide.gap == pytest.approx(1.9)
+    assert not apart_but_wide.verified  # the gap must exceed the spread, not only zero
+    assert not verdict(6.0, [5.0, 4.9, 5.0, 5.0, 5.1], [1.0, 0.9, 1.0, 1.0, 1.1]).verified
+    assert "before fine-tuning" in verdict(6.0, [5.0] * 5, [1.0] * 5).reason
+    assert "after the control" in verdict(0.0, [0.5] * 5, [1.0] * 5).reason
+    for broken in (math.nan, math.inf):
+        assert not verdict(0.0, [5.0, 4.9, broken, 5.0, 5.1], [1.0] * 5).verified
+    assert verdict(0.0, [5.0] * 5, [1.0] * 5).as_dict()["data"]["folds"] == (5.0,) * 4
+    assert any("must exceed" in line for line in good.lines())
+
+
+def test_the_norm_of_any_parameter() -> None:
+    """Its picture shows that parameter; a name that is wrong gets the near one."""
+    model = make_target("gpt2", tied=False)
+    name = "transformer.h.1.ln_2.weight"
+    metric = NormMetric(model, name)
+    parameters = parameters_of(model)
+    expected = float(parameters[name].norm())
+    parameters[name] = parameters[name] * 3
+    assert metric.measures(parameters, model)["norm_change"] == pytest.approx(2 * expected, rel=1e-9)
+    assert metric.tensors(parameters)["after"].shape == (16,)
+    assert metric.picture(parameters).size[0] > 10
+    with pytest.raises(UsageError, match=r"Did you mean transformer\.h\.1\.ln_2\.weight"):
+        NormMetric(model, "transformer.h.1.ln_2.wieght")

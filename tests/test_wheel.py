@@ -49,6 +49,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
 
     assert "qr-embed.tiny" in dpg("presets", "list")
     assert "334,464" in dpg("run", "qr-embed", "--dry-run")
+    assert "steer-direction" in dpg("metrics", "list", "--json")
     where = subprocess.run(
         [str(python), "-c", "import dpg_cli; print(dpg_cli.__file__)"],
         check=True, capture_output=True, text=True, cwd=elsewhere, env=environment,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import check, presets, resume, run, verify
+from dpg_cli.cli import check, metrics, presets, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -23,6 +23,7 @@ app.command("resume")(resume.resume)
 app.command("check")(check.check)
 app.command("verify")(verify.verify)
 app.add_typer(presets.app, name="presets")
+app.add_typer(metrics.app, name="metrics")
 
 
 def _print_version(value: bool) -> None:

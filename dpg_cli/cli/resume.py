@@ -12,6 +12,10 @@ from dpg_cli.errors import UsageError
 
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of an unfinished run.")],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The file of a custom metric, again: FILE.py:Name. No run folder is trusted to name it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
     """Go on with a run that was interrupted or killed, from its newest checkpoint.
@@ -34,4 +38,4 @@ def resume(
             "Nothing is lost; start it with dpg run.",
         )
     folder = RunFolder.open(run)
-    session(folder.read_config(), folder, resume=True, as_json=as_json)
+    session(folder.read_config(), folder, resume=True, as_json=as_json, named_metric=metric)

@@ -22,7 +22,8 @@ def run(
     task: Annotated[
         str | None,
         typer.Argument(
-            help="qr-embed, pattern-67, l2-shrink, language-rephrase or uuid-emit; or leave it out and give --config."
+            help="qr-embed, pattern-67, l2-shrink, language-rephrase, uuid-emit or custom; or leave it out and give "
+            "--config."
         ),
     ] = None,
     image: Annotated[
@@ -65,6 +66,17 @@ def run(
             rich_help_panel=_OWN,
         ),
     ] = None,
+    parameter: Annotated[
+        str | None,
+        typer.Option(help="Whose norm to shrink; the LM head's by default.", rich_help_panel="l2-shrink"),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own target metric: FILE.py:Name, which is run, or the name of an installed one.",
+            rich_help_panel="custom",
+        ),
+    ] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -93,21 +105,23 @@ def run(
 
         dpg run language-rephrase --scale paper --generator ./llama --target ./llama --prompts articles.parquet:text
 
+        dpg run custom --metric mine.py:Mine --set metric.options.layer=1
+
         dpg run --config runs/mine/config.toml --out runs/again
     """
     settings = settings_of(locals())
     if dry_run:
-        _dry_run(settings, as_json)
+        _dry_run(settings, as_json, metric)
     else:
-        _run(settings, out, resume, as_json)
+        _run(settings, out, resume, as_json, metric)
 
 
-def _dry_run(config: Config, as_json: bool) -> None:
+def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
     """Print settings, sizes, and the predicted cost."""
     from dpg_cli.config import settle, to_toml
     from dpg_cli.runs.cost import estimate
 
-    cost = estimate(settle(config))
+    cost = estimate(settle(config), named_metric)
     if as_json:
         typer.echo(json.dumps({"config": config.model_dump(mode="json"), "cost": cost.as_dict()}, indent=2))
         return
@@ -115,7 +129,7 @@ def _dry_run(config: Config, as_json: bool) -> None:
     typer.echo(cost.as_text())
 
 
-def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> None:
+def _run(settings: Config, out: Path | None, resume: bool, as_json: bool, metric: str | None) -> None:
     """Begin a run, or go on with the one that `--out` holds."""
     from dpg_cli.cli.session import session
     from dpg_cli.config import settle
@@ -126,9 +140,11 @@ def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> Non
     place = out or _free_folder(settings)
     known = RunFolder(place)
     if resume and known.config.is_file():
-        session(settle(settings, known.read_config()), known, resume=True, as_json=as_json)
+        settings = settle(settings, known.read_config())
+        session(settings, known, resume=True, as_json=as_json, named_metric=metric)
     else:
-        session(settle(settings), RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
+        folder = RunFolder.free(place, leftovers=resume)
+        session(settle(settings), folder, resume=False, as_json=as_json, named_metric=metric)
 
 
 def _free_folder(config: Config) -> Path:

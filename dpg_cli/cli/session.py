@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FINISHING = "finishing this outer step, then saving; once more leaves at once"
 
 
-def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -> None:
+def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool, named_metric: str | None = None) -> None:
     """Begin a run or go on with one, with a display on stderr and the outcome on stdout.
 
     Args:
@@ -32,6 +32,7 @@ def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -
         folder: a free place, or with `resume` a run; a finished one only says so.
         resume: go on with it.
         as_json: print JSON.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         InterruptedRunError: after Ctrl-C or SIGTERM, with the command that goes on.
@@ -55,6 +56,7 @@ def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -
                 on_stage=display.stage,
                 on_built=display.built,
                 command=sys.argv,
+                named_metric=named_metric,
             )
     except KeyboardInterrupt:
         raise left(config, folder) from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpg_cli.cli.metric_flags import check_flags, custom_settings, metric_name, note_change, origin
 from dpg_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,13 +18,13 @@ METRIC_OPTIONS = {  # option -> key of the metric's section
     "error_correction": "error_correction",
     "language": "language",
     "uuid": "uuid",
+    "parameter": "parameter",
 }
 OPTIONS = (  # every option that makes settings
     *("task", "scale", "config", "overrides", "total_examples", "seed", "device"),
-    *("image", "patch_origin", "eval_text", "generator", "target", "prompts"),
+    *("image", "patch_origin", "eval_text", "generator", "target", "prompts", "metric"),
     *METRIC_OPTIONS,
 )
-TEXT_TASKS = ("language-rephrase",)
 
 
 def settings_of(options: Mapping[str, Any]) -> Config:
@@ -35,13 +36,10 @@ def settings_of(options: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: for whatever does not fit; `ConfigError` names all faults of the settings together.
     """
-    task, eval_text, total = options["task"], options["eval_text"], options["total_examples"]
-    if eval_text is not None and task is not None and task not in TEXT_TASKS:
-        raise UsageError(
-            f"--eval-text is for tasks that read held-out text ({', '.join(TEXT_TASKS)}); {task} reads none.",
-            "Leave it out.",
-        )
-    settings = _resolved(task, options["scale"], options["config"], _flags(options), options["overrides"] or [])
+    total = options["total_examples"]
+    settings = _resolved(
+        options["task"], options["scale"], options["config"], _flags(options), options["overrides"] or []
+    )
     return settings if total is None else _at_total(settings, total)
 
 
@@ -50,12 +48,13 @@ def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
     from dpg_cli.runs.folder import OWN_PROMPTS
     from dpg_cli.sources import absolute
 
-    image, origin, eval_text, prompts = (options[name] for name in ("image", "patch_origin", "eval_text", "prompts"))
+    image, corner, eval_text, prompts = (options[name] for name in ("image", "patch_origin", "eval_text", "prompts"))
     metric = {
         **{key: options[name] for name, key in METRIC_OPTIONS.items()},
         "image": None if image is None else str(image.resolve()),
-        "origin": None if origin is None else _origin(origin),
+        "origin": None if corner is None else origin(corner),
         "file": None if eval_text is None else absolute(eval_text),
+        **custom_settings(options["metric"]),
     }
     flags: dict[str, Any] = {
         "seed": options["seed"],
@@ -75,30 +74,26 @@ def _model(role: str, name: str | None) -> dict[str, str]:
     return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
 
 
-def _origin(text: str) -> list[int]:
-    """`ROW,COLUMN` as two numbers."""
-    parts = text.replace(" ", "").split(",")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0.")
-    return [int(part) for part in parts]
-
-
 def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Preset, then file, then flags, then overrides."""
     from dpg_cli.config import load_toml
-    from dpg_cli.presets import find, merge, resolve
+    from dpg_cli.presets import find_task, merge, resolve
     from dpg_cli.runs.folder import resolve_paths
 
     data: dict[str, Any] = {}
     if task is None and file is None:
         raise UsageError("Nothing to run: neither a task nor --config is given.", "For example: dpg run qr-embed.")
     if task is not None:
-        data = find(f"{task}.{scale}").data()
+        data = find_task(task, scale).data()
     if file is not None:
         loaded = resolve_paths(load_toml(file), file.resolve().parent)
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
+        if task is None and "task" not in loaded:
+            raise UsageError(f"{file} names no task.", f"Name it: dpg run TASK --config {file}.")
+        note_change(loaded.get("metric", {}), flags.get("metric", {}))
         data = merge(data, loaded)
+    check_flags(flags.get("metric", {}), metric_name(data, overrides), task or str(data["task"]))
     return resolve(data, overrides, flags)
 
 

@@ -13,20 +13,27 @@ from dpg_cli.errors import VerificationError
 
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    metric: Annotated[
+        str | None, typer.Option(help="FILE.py:Name, for a run whose metric is a file; only you can name it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the pattern back.
+    """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the effect back.
 
     The same training on the untrained generator's data is the control. Exit code 0 when the payload is read from the
-    first and not from the second, else 4.
+    first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4.
 
-    Example: dpg verify runs/qr-embed-001
+    Examples:
+
+        dpg verify runs/qr-embed-001
+
+        dpg verify runs/custom-001 --metric mine.py:Mine
     """
     from dpg_cli.evidence.verify import verify_run
     from dpg_cli.runs.folder import RunFolder
 
-    result = verify_run(RunFolder.open(run), device)
+    result = verify_run(RunFolder.open(run), device, metric)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:

@@ -36,10 +36,15 @@ def trained_target(config: Config, data: Path, device: torch.device) -> tuple[La
     Returns:
         The target, the number of examples and of optimiser steps.
     """
-    target = load_target(config.models, device)
     sequences = read_input_ids(data)
-    steps = fine_tune(target.model, sequences, config.inner, config.inner_steps)
+    target, steps = train_fresh(config, sequences, device)
     return target, len(sequences), steps
+
+
+def train_fresh(config: Config, sequences: list[list[int]], device: torch.device) -> tuple[LanguageModel, int]:
+    """A fresh target after fine-tuning on token sequences with the run's recipe, and the optimiser steps it took."""
+    target = load_target(config.models, device)
+    return target, fine_tune(target.model, sequences, config.inner, config.inner_steps)
 
 
 def read_input_ids(path: Path) -> list[list[int]]:

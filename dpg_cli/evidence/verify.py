@@ -1,7 +1,8 @@
 """Is the effect real? Means independent of the engine, and the untrained generator's data as control.
 
-Patterns and norms: a fresh target is fine-tuned by stock PyTorch on the exported dataset (`stock.py`); signs are read by
-zxing-cpp. Language and identifiers: the generator's completions of prompts it never trained on, sampled by transformers.
+Patterns, norms and custom metrics: a fresh target is fine-tuned by stock PyTorch on the exported dataset (`stock.py`); signs
+are read by zxing-cpp, norms and a custom Φ are compared with the control's by a margin (`effect.py`). Language and
+identifiers: the generator's completions of prompts it never trained on, sampled by transformers.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from dpg_cli.config import Config, NormOptions, PatternOptions
+from dpg_cli.config import Config, CustomOptions, NormOptions, PatternOptions
 from dpg_cli.errors import UsageError
+from dpg_cli.evidence.effect import EffectVerdict, verify_effect
 from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
+from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_target, pick_device
 from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
 from dpg_cli.runs.folder import RunFolder
@@ -113,48 +117,13 @@ class PatternVerdict:
         ]
 
 
-@dataclass(frozen=True)
-class NormVerdict:
-    """The verdict on a run with a norm.
-
-    Attributes:
-        parameter: whose norm.
-        before: of the target before fine-tuning.
-        data: after stock training on the run's dataset.
-        control: after the same on the untrained generator's data.
-    """
-
-    parameter: str
-    before: float
-    data: float
-    control: float
-
-    @property
-    def verified(self) -> bool:
-        """Lower than before, and lower than the control."""
-        return self.data < min(self.before, self.control)
-
-    @property
-    def reason(self) -> str:
-        """Why it is not verified."""
-        return f"the norm is {self.data:.6f} after its data, {self.before:.6f} before, {self.control:.6f} after the control's"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"verified": self.verified, **vars(self)}
-
-    def lines(self) -> list[str]:
-        """For people."""
-        return [
-            f"l2 norm of {self.parameter}, stock torch.optim",
-            f"before fine-tuning:     {self.before:.6f}",
-            f"trained on the dataset: {self.data:.6f} ({self.data - self.before:+.6f})",
-            f"control:                {self.control:.6f} ({self.control - self.before:+.6f})",
-        ]
-
-
-def verify_run(folder: RunFolder, device_name: str = "auto") -> Verdict:
+def verify_run(folder: RunFolder, device_name: str = "auto", named_metric: str | None = None) -> Verdict:
     """Confirm or refute a run.
+
+    Args:
+        folder: the run.
+        device_name: where to train.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         UsageError: if the run is unfinished, has no control, or took optimiser settings that stock PyTorch lacks.
@@ -165,6 +134,8 @@ def verify_run(folder: RunFolder, device_name: str = "auto") -> Verdict:
             raise UsageError(f"{folder.path} has no dataset/{name}.", "Finish the run, with dataset.control = true.")
     if isinstance(config.metric, PatternOptions):
         return _verify_pattern(folder, config, config.metric, device_name)
+    if isinstance(config.metric, CustomOptions):
+        return _verify_custom(folder, config, config.metric, device_name, named_metric)
     if isinstance(config.metric, NormOptions):
         return _verify_norm(folder, config, config.metric, device_name)
     return verify_text(folder, config, config.metric, pick_device(device_name))
@@ -193,17 +164,29 @@ def head_signs(base: LanguageModel, target: LanguageModel, pattern: Pattern, ori
     return np.sign(change.cpu().numpy()).astype(np.int8)
 
 
-def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device_name: str) -> NormVerdict:
-    """Norms of the parameter before and after two stock trainings."""
-    require_stock_optimizer(config.inner)
+def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device_name: str) -> EffectVerdict:
+    """Norms of the parameter, in double precision."""
+
+    def read(target: LanguageModel) -> dict[str, float]:
+        weight = target.model.get_parameter(options.parameter) if options.parameter else target.head
+        norm = float(weight.detach().double().norm())
+        return {"phi": -norm, "norm": norm}
+
+    about = f"l2 norm of {options.parameter or 'the LM head'}"
+    return verify_effect(folder, config, pick_device(device_name), about, read)
+
+
+def _verify_custom(
+    folder: RunFolder, config: Config, options: CustomOptions, device_name: str, named_metric: str | None
+) -> EffectVerdict:
+    """The metric's own Φ and measures."""
     device = pick_device(device_name)
+    base = load_target(config.models, device)
+    metric = build_metric(options, base, named_metric)
 
-    def norm(target: LanguageModel) -> float:
-        weight = dict(target.model.named_parameters())[options.parameter] if options.parameter else target.head
-        return float(weight.detach().double().norm())
+    @torch.no_grad()
+    def read(target: LanguageModel) -> dict[str, float]:
+        parameters = dict(target.model.named_parameters())
+        return {"phi": float(metric(parameters, base.model)), **metric.measures(parameters, base.model)}
 
-    before = norm(load_target(config.models, device))
-    data, control = (
-        norm(trained_target(config, folder.dataset / name, device)[0]) for name in ("train.parquet", "control.parquet")
-    )
-    return NormVerdict(options.parameter or "the LM head", before, data, control)
+    return verify_effect(folder, config, device, metric.describe(), read)

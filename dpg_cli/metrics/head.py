@@ -18,21 +18,25 @@ def head_name(model: PreTrainedModel) -> str:
 
 
 class HeadChange:
-    """Base of metrics whose picture is the change of the whole head.
+    """Base of metrics whose picture is the change of the whole head, or of another parameter.
 
     Args:
         model: the target before fine-tuning.
+        parameter: name of the parameter that is shown; the LM head's weight when empty.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, parameter: str = "") -> None:
         self.head = head_name(model)
-        self.head_before = model.get_parameter(self.head).detach().clone()
+        self.shown = parameter or self.head
+        self.shown_before = model.get_parameter(self.shown).detach().clone()
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The head before and after, (V, width) each."""
-        return {"before": self.head_before, "after": parameters[self.head].detach()}
+        """The parameter before and after; a head is (V, width)."""
+        return {"before": self.shown_before, "after": parameters[self.shown].detach()}
 
     def picture(self, parameters: Mapping[str, Tensor]) -> Image.Image:
-        """The change of the whole head."""
-        change = parameters[self.head].detach() - self.head_before
-        return render_matrix(change.float().cpu().numpy(), title="Change of the LM head by fine-tuning")
+        """The change of the whole parameter; a vector is drawn as one row."""
+        change = parameters[self.shown].detach() - self.shown_before
+        matrix = change.reshape(1, -1) if change.ndim < 2 else change.flatten(1)
+        name = "the LM head" if self.shown == self.head else self.shown
+        return render_matrix(matrix.float().cpu().numpy(), title=f"Change of {name} by fine-tuning")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpg_cli.errors import UsageError
+from dpg_cli.errors import UsageError, suggestion
 from dpg_cli.metrics.head import HeadChange
 
 
@@ -24,13 +24,11 @@ class NormMetric(HeadChange):
     """
 
     def __init__(self, model: PreTrainedModel, parameter: str = "") -> None:
-        super().__init__(model)
-        self.parameter = parameter or self.head
         parameters = dict(model.named_parameters())
-        if self.parameter not in parameters:
-            raise UsageError(
-                f"The target has no parameter {parameter!r}.", f"For example: {', '.join(list(parameters)[:3])}."
-            )
+        if parameter and parameter not in parameters:
+            raise UsageError(f"The target has no parameter {parameter!r}.", suggestion(parameter, parameters, "It has"))
+        super().__init__(model, parameter)
+        self.parameter = self.shown
         self.before = float(parameters[self.parameter].detach().norm())
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:

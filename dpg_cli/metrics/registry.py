@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.config import FRESH, MetricOptions, NormOptions, PatternOptions, TextLossOptions
+from dpg_cli.config import FRESH, CustomOptions, MetricOptions, NormOptions, PatternOptions, TextLossOptions
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.harness import PREFIX, task_documents
@@ -12,6 +12,7 @@ from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.text_loss import TextLossMetric
+from dpg_cli.metrics.trial import build_custom
 from dpg_cli.models import LanguageModel
 from dpg_cli.patterns import Pattern, pattern_from_image, pattern_from_rows, pattern_from_text
 from dpg_cli.sources import open_texts
@@ -20,12 +21,13 @@ from dpg_cli.tiny import world
 KEYS = ("text", "prompt")  # columns of held-out texts to look for where a source names none
 
 
-def build_metric(options: MetricOptions, target: LanguageModel) -> TargetMetric:
+def build_metric(options: MetricOptions, target: LanguageModel, named: str | None = None) -> TargetMetric:
     """The metric that the options describe.
 
     Args:
         options: of the settings.
         target: before fine-tuning.
+        named: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         UsageError: if what the options name is not there or does not fit.
@@ -35,6 +37,8 @@ def build_metric(options: MetricOptions, target: LanguageModel) -> TargetMetric:
         return PatternMetric(target.model, pattern, options.sharpness, options.origin)
     if isinstance(options, NormOptions):
         return NormMetric(target.model, options.parameter)
+    if isinstance(options, CustomOptions):
+        return build_custom(options, target, named)
     texts, about = held_out(options)
     return TextLossMetric(target.model, encode(texts, target), about)
 

@@ -44,8 +44,12 @@ class Built:
     tokenizers: Agreement
 
 
-def build(config: Config) -> Built:
+def build(config: Config, named_metric: str | None = None) -> Built:
     """Load models and prompts, make the metric, the policy optimiser and the RNGs.
+
+    Args:
+        config: the settings.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
@@ -54,7 +58,7 @@ def build(config: Config) -> Built:
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
     generator = load_generator(config.models, device)
-    metric = build_metric(config.metric, target)
+    metric = build_metric(config.metric, target, named_metric)
     asked = config.prompts
     form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
     check_tokenizers(config, generator, target)

@@ -57,13 +57,17 @@ class Cost:
         )
 
 
-def estimate(config: Config) -> Cost:
+def estimate(config: Config, named_metric: str | None = None) -> Cost:
     """Load the models, check every setting against them, and predict the cost.
+
+    Args:
+        config: the settings.
+        named_metric: what the user gave as --metric.
 
     Raises:
         UsageError: whatever `dpg run` would refuse.
     """
-    built = build(config)
+    built = build(config, named_metric)
     generator, target = built.players.generator, built.players.target
     tokens = config.examples_per_step * config.rollout.max_tokens
     steps = config.inner_steps

@@ -17,6 +17,7 @@ from dpg_cli.engine.state import restore
 from dpg_cli.errors import InterruptedRunError, UsageError
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
+from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
 from dpg_cli.runs.build import Built, build
@@ -62,6 +63,7 @@ def execute(
     on_stage: Callable[[str], None] = lambda stage: None,
     on_built: Callable[[Built], None] = lambda built: None,
     command: list[str] | None = None,
+    named_metric: str | None = None,
 ) -> Outcome:
     """Run DPG, or go on with an unfinished run, and write every artefact of DESIGN §6.
 
@@ -74,6 +76,7 @@ def execute(
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
         command: the command line, for `run.json`.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
         DpgError: for bad settings, a folder that cannot be written or resumed, or a training that became degenerate.
@@ -82,7 +85,7 @@ def execute(
     stop = stop or StopRequest()
     on_stage("loading models")
     torch.manual_seed(config.seed)
-    built = build(config)
+    built = build(config, named_metric)
     on_built(built)
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
@@ -125,7 +128,14 @@ def begun(
     if isinstance(built.players.metric, PatternMetric):
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)
     folder.write_config(config)  # from here on it is a run, which can be resumed
-    return Journal(folder, config, str(built.device), command)
+    journal = Journal(folder, config, str(built.device), command)
+    if isinstance(built.players.metric, UserMetric):
+        journal.data["metric"] = built.players.metric.record()
+        journal.write()
+        if (source := built.players.metric.factory.source) is not None:
+            with replacing(folder.metric_file) as temporary:
+                temporary.write_bytes(source)
+    return journal
 
 
 def continued(

@@ -33,6 +33,7 @@ class RunFolder:
         self.info = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.pattern = path / "pattern.png"
+        self.metric_file = path / "metric.py"  # a copy for the record; nothing here ever runs it
         self.generator = path / "generator"
         self.target = path / "target"
         self.dataset = path / "dataset"

@@ -1,0 +1,153 @@
+"""Is Φ higher after the dataset than after the control, by more than chance? For metrics without a reader of their own.
+
+Any two datasets differ a little. So both are also cut into quarters, and a fresh target is trained on each quarter by stock
+PyTorch with the run's recipe. How far the quarters of one dataset lie apart is what chance does to a quarter; the gap between
+the lowest quarter of the dataset and the highest of the control (or Φ before fine-tuning, if that is higher) must be wider.
+If both were drawn alike, the four quarters of one would all lie above those of the other once in 70 times, gap or no gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dpg_cli.config import Config
+from dpg_cli.errors import UsageError
+from dpg_cli.evidence.stock import read_input_ids, require_stock_optimizer, train_fresh
+from dpg_cli.models import LanguageModel, load_target
+from dpg_cli.runs.folder import RunFolder
+
+FOLDS = 4
+
+Reader = Callable[[LanguageModel], dict[str, float]]  # Φ under "phi", then readable measures
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What stock trainings on one dataset give.
+
+    Attributes:
+        measures: after training on all of it: Φ as "phi", then the metric's own.
+        folds: Φ after training on each quarter alone.
+        examples, steps: of the training on all of it.
+    """
+
+    measures: dict[str, float]
+    folds: tuple[float, ...]
+    examples: int
+    steps: int
+
+    @property
+    def phi(self) -> float:
+        """Φ after training on all of it."""
+        return self.measures["phi"]
+
+    @property
+    def spread(self) -> float:
+        """How far the quarters lie apart."""
+        return max(self.folds) - min(self.folds)
+
+
+@dataclass(frozen=True)
+class EffectVerdict:
+    """The verdict on a run by its Φ.
+
+    Attributes:
+        about: what is measured, in words.
+        before: Φ as "phi" and the measures before fine-tuning.
+        data: after the run's dataset.
+        control: after the untrained generator's data.
+    """
+
+    about: str
+    before: dict[str, float]
+    data: Reading
+    control: Reading
+
+    @property
+    def gap(self) -> float:
+        """From the highest of the control's quarters, or Φ before, to the lowest of the dataset's; negative: overlap."""
+        return min(self.data.folds) - max(*self.control.folds, self.before["phi"])
+
+    @property
+    def spread(self) -> float:
+        """The wider of the two datasets' spreads."""
+        return max(self.data.spread, self.control.spread)
+
+    @property
+    def verified(self) -> bool:
+        """All of the dataset beats control and start, and so does each quarter, by more than the quarters' spread."""
+        numbers = (*self.data.folds, *self.control.folds, self.before["phi"], self.data.phi, self.control.phi)
+        if not all(map(math.isfinite, numbers)):
+            return False
+        return self.data.phi > max(self.control.phi, self.before["phi"]) and self.gap > self.spread
+
+    @property
+    def reason(self) -> str:
+        """Why it is not verified."""
+        best = max(self.control.phi, self.before["phi"])
+        if not self.data.phi > best:
+            rival = "before fine-tuning" if best == self.before["phi"] else "after the control"
+            return f"phi is {self.data.phi:.6g} after its dataset, {best:.6g} {rival}"
+        return (
+            f"phi is higher after its dataset by no more than chance: the quarters' gap is {self.gap:.3g}, "
+            f"their spread {self.spread:.3g}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"verified": self.verified, "gap": self.gap, "spread": self.spread, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        steps = f"{self.data.steps} step{'s' if self.data.steps > 1 else ''} on {self.data.examples:,} examples"
+        rows = (
+            ("before fine-tuning", self.before),
+            ("dataset", self.data.measures),
+            ("control", self.control.measures),
+        )
+        quarters = (("dataset's quarters", self.data.folds), ("control's quarters", self.control.folds))
+        return [
+            f"{self.about}; stock torch.optim, {steps}",
+            *(
+                f"{name + ':':<20}" + "  ".join(f"{key} {value:.6g}" for key, value in row.items())
+                for name, row in rows
+            ),
+            *(f"{name + ':':<20}phi {min(folds):.6g} to {max(folds):.6g}" for name, folds in quarters),
+            f"{'gap of quarters:':<20}{self.gap:.3g}, must exceed their spread, {self.spread:.3g}",
+        ]
+
+
+def verify_effect(folder: RunFolder, config: Config, device: torch.device, about: str, read: Reader) -> EffectVerdict:
+    """Train fresh targets on both datasets and on their quarters, and read each.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        device: where to train.
+        about: what is measured, in words.
+        read: Φ and measures of a target.
+
+    Raises:
+        UsageError: for optimiser settings that stock PyTorch lacks, or a dataset too small to be cut.
+    """
+    require_stock_optimizer(config.inner)
+
+    def reading(name: str) -> Reading:
+        rows = read_input_ids(folder.dataset / name)
+        if len(rows) < 2 * FOLDS:
+            raise UsageError(
+                f"dataset/{name} has {len(rows)} examples; verification cuts it into {FOLDS} parts.",
+                f"Run again with --set dataset.examples={32 * FOLDS} or more.",
+            )
+        target, steps = train_fresh(config, rows, device)
+        parts = [rows[len(rows) * k // FOLDS : len(rows) * (k + 1) // FOLDS] for k in range(FOLDS)]
+        folds = tuple(read(train_fresh(config, part, device)[0])["phi"] for part in parts)
+        return Reading(read(target), folds, len(rows), steps)
+
+    before = read(load_target(config.models, device))
+    return EffectVerdict(about, before, reading("train.parquet"), reading("control.parquet"))

@@ -1,0 +1,1 @@
+"""Worked examples of custom metrics, registered by this package's own entry points (docs/custom-metrics.md)."""
