@@ -73,9 +73,35 @@ def tasks() -> str:
     return "\n".join(lines) + "\n"
 
 
+def controls() -> str:
+    """The section of `tasks.py --method`."""
+    rows = sorted(rows_of("controls.jsonl"), key=lambda row: (row["task"], row["method"], row["credit"], row["seed"]))
+    if not rows:
+        return ""
+    lines = [
+        "## Controls at equal examples",
+        "",
+        "`python benchmarks/tasks.py --method METHOD`: the same presets with another reward, or another credit. Φ is always that of the",
+        "configured optimiser on all completions of an outer step, first and last.",
+        "",
+        "| task | method | credit | seed | Φ, first | Φ, last | data | verified |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row['task']} | {row['method']} | {row['credit'] or 'as preset'} | {row['seed']} | "
+        if "stopped" in row:
+            lines.append(f"{start}- | - | stopped: {row['stopped']} | **no** |")
+            continue
+        lines.append(
+            f"{start}{row['phi_first']:.6g} | {row['phi_last']:.6g} | {row['data']} | "
+            f"{'yes' if row['verified'] else '**no**'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the page."""
-    sections = [HEAD, qr_embed(), tasks()]
+    sections = [HEAD, qr_embed(), tasks(), controls()]
     PAGE.write_text("\n".join(section for section in sections if section), encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
 """The other presets at three seeds through `dpg run` and `dpg verify`: figures of docs/results.md.
 
 python benchmarks/tasks.py [--workers 2] [--seeds 0,1,2]      runs what benchmarks/results/tasks.jsonl does not hold yet
+python benchmarks/tasks.py --method naive                     a control at equal examples; rows go to controls.jsonl
+python benchmarks/tasks.py --method metagradient --credit sequence --tasks pattern-67      what controls compare with
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-RAW = Path(__file__).parent / "results" / "tasks.jsonl"
+RESULTS = Path(__file__).parent / "results"
+METHODS = {  # rewards of whole examples reach tokens by `sequence` credit alone
+    "metagradient": [],
+    "sgd": ["attribution.method=sgd"],
+    "naive": ["attribution.method=naive", "attribution.cross_group=false", "credit.mode=sequence"],
+    "shared-off": ["attribution.cross_group=false"],
+    "edit-distance": ["attribution.method=edit-distance", "credit.mode=sequence"],
+    "language-id": ["attribution.method=language-id", "credit.mode=sequence"],
+}
+EXAMPLE_WISE = ("naive", "edit-distance", "language-id")
 CASES = {
     "pattern-67": ["pattern-67"],
     "l2-shrink": ["l2-shrink"],
@@ -34,18 +45,31 @@ def summary(verdict: dict, side: str) -> str:
     return f"{value['hits']:.1%} as asked, {value['well_formed']:.1%} of them well-formed"
 
 
-def one(name: str, seed: int, folder: Path) -> dict[str, object]:
-    """Run and verify one case."""
+def one(name: str, seed: int, folder: Path, method: str, credit: str) -> dict[str, object]:
+    """Run and verify one case; every method takes the preset's outer steps and completions."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
+    overrides = [*METHODS[method], *([f"credit.mode={credit}"] if credit else [])]
     dpg = [sys.executable, "-m", "dpg_cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = [*dpg, "run", *CASES[name], "--seed", str(seed), "--out", str(out), "--json"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command += [part for override in overrides for part in ("--set", override)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:  # a control whose reward dies is a result too
+        cause = run.stderr.strip().splitlines()[-1]
+        if run.returncode != 3:
+            raise RuntimeError(cause)
+        return {"task": name, "seed": seed, "method": method, "credit": credit, "stopped": cause}
     verify = subprocess.run([*dpg, "verify", str(out), "--json"], env=environment, capture_output=True, text=True)
     verdict = json.loads(verify.stdout)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         "task": name,
         "seed": seed,
+        "method": method,
+        "credit": credit,
+        "examples": int(sum(step["examples"] for step in steps)),
+        "phi_first": steps[0]["phi"],
+        "phi_last": steps[-1]["phi"],
         "verified": verdict["verified"],
         "data": summary(verdict, "data"),
         "control": summary(verdict, "control"),
@@ -59,20 +83,32 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--method", choices=METHODS, default="metagradient")
+    parser.add_argument("--credit", choices=("sequence", "token", "expected"), help="instead of the preset's")
+    parser.add_argument("--tasks", help="comma-separated cases; all by default")
     options = parser.parse_args()
-    done = [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.is_file() else []
-    have = {(row["task"], row["seed"]) for row in done}
+    cases = options.tasks.split(",") if options.tasks else list(CASES)
+    if unknown := [name for name in cases if name not in CASES]:
+        parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
+    method, credit = options.method, options.credit or ("sequence" if options.method in EXAMPLE_WISE else "")
+    if method in EXAMPLE_WISE and credit != "sequence":
+        parser.error(f"--method {method} has one reward an example: --credit sequence")
+    raw = RESULTS / ("tasks.jsonl" if method == "metagradient" and not credit else "controls.jsonl")
+    RESULTS.mkdir(exist_ok=True)
+    done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
+    have = {(row["task"], row["seed"], row.get("method", "metagradient"), row.get("credit", "")) for row in done}
     lock = Lock()
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.workers) as pool:
 
         def job(name: str, seed: int) -> None:
-            row = one(name, seed, Path(place))
-            with lock, RAW.open("a") as file:
+            row = one(name, seed, Path(place), method, credit)
+            with lock, raw.open("a") as file:
                 file.write(json.dumps(row) + "\n")
                 print({key: value for key, value in row.items() if key != "verdict"}, flush=True)
 
-        wanted = [(name, int(seed)) for seed in options.seeds.split(",") for name in CASES]
-        for future in [pool.submit(job, name, seed) for name, seed in wanted if (name, seed) not in have]:
+        wanted = [(name, int(seed)) for seed in options.seeds.split(",") for name in cases]
+        missing = [(name, seed) for name, seed in wanted if (name, seed, method, credit) not in have]
+        for future in [pool.submit(job, name, seed) for name, seed in missing]:
             future.result()
 
 

@@ -131,7 +131,7 @@ def test_nothing_moved() -> None:
     assert "Nothing moved" in str(fault)
     assert "inner.lr" in str(fault)
     _, fault = watch().see({**ROW, **still}, lambda: 0.0)  # no weight changed: certain at once
-    assert "left every weight" in str(fault)
+    assert "left the target's weights" in str(fault)
     assert follow(watch(), [*[still] * (PATIENCE - 1), {}] * 5)[1] is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -33,9 +34,11 @@ def check(
     """
     from dpg_cli.config import settle
     from dpg_cli.evidence.check import check as measure
+    from dpg_cli.runs.build import build
 
     config = settle(settings_of(settings))
-    report = measure(config, completions=completions, on_stage=_stage)
+    make = partial(build, named_metric=settings["metric"])
+    report = measure(config, make=make, completions=completions, on_stage=_stage)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:

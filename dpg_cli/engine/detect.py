@@ -24,6 +24,7 @@ SIGN_ELASTICITY = 0.1  # of an update, under which it counts as sign(g)
 SIGN_SHARE = 0.5  # of the coordinates in that regime, from which a run warns
 ROUNDINGS = 4  # a change of Φ within so many units of its rounding is none
 CERTAIN = 1e-3  # nats a token, under which a generator has nothing left to choose
+MOVED = 0.01  # share of the weights, under which an inner run changed nothing
 SAMPLE = 2**20  # coordinates that quantiles are taken of
 
 
@@ -69,10 +70,10 @@ def rounding(value: float, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def weights_changed(final: Mapping[str, Tensor], model: nn.Module) -> float:
-    """Share of the trained weights that differ from θ_0."""
+    """Share of the trained weights that differ from θ_0; those that were 0 move by any update and do not count."""
     before = dict(model.named_parameters())
-    changed = sum(int((value != before[name]).sum()) for name, value in final.items())
-    return changed / max(1, sum(value.numel() for value in final.values()))
+    changed = sum(int(((value != before[name]) & (before[name] != 0)).sum()) for name, value in final.items())
+    return changed / max(1, sum(int((before[name] != 0).sum()) for name in final))
 
 
 def refuse_dead_reward(result: Metagradient, per_example: bool = False) -> None:
@@ -195,9 +196,9 @@ class Watch:
     def _nothing_moved(self, changed: Callable[[], float]) -> DegenerateError | None:
         """The error for a metric that has not moved, once that is certain."""
         lr = self.optimizer.lr
-        if changed() == 0:
+        if changed() < MOVED:
             return DegenerateError(
-                f"Nothing moved: the inner run left every weight of the target as it was (Φ stays at {self.start:.6g}).",
+                f"Nothing moved: the inner run left the target's weights as they were (Φ stays at {self.start:.6g}).",
                 f"Raise inner.lr: at {lr:g} its updates vanish in the rounding of the weights.",
             )
         if self.still < PATIENCE:

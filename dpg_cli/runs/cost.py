@@ -73,7 +73,12 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
     steps = config.inner_steps
     forward_g, forward_t = 2.0 * generator.parameter_count * tokens, 2.0 * target.parameter_count * tokens
     reverse = (3 + 8 * (steps - 1)) / steps * forward_t
-    flops = (1 + 3) * forward_g + 3 * forward_t + reverse
+    method = config.attribution.method
+    if method not in ("metagradient", "sgd"):
+        reverse = 0.0
+    # Φ is read from a run of its own, unless the rewards come from that very run or from the text
+    inner_runs = 1 + (method in ("sgd", "naive") or (method == "metagradient" and config.attribution_runs > 1))
+    flops = (1 + 3) * forward_g + 3 * inner_runs * forward_t + reverse
     element = 8 if config.models.dtype == "float64" else 4
     states = (4 * steps + 5) * target.parameter_count + 4 * generator.parameter_count
     vocabulary, width = target.head.shape
