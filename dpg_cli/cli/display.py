@@ -68,6 +68,7 @@ class RunDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live is not None:
+            self.notice = ""
             self.live.transient = self.panel is None  # the last picture stays on the screen
             self.live.stop()
 

@@ -23,6 +23,10 @@ def resume(
     On the CPU the result equals, bit for bit, that of a run that was never interrupted. The last two checkpoints are
     kept; a damaged one is passed over for the one before it.
 
+    How often they are written is set when the run begins: once in checkpoint.every_seconds (60), so that writing takes
+    a twentieth of the time at most; or, with checkpoint.every_steps above 0, after so many outer steps. Ctrl-C, SIGTERM
+    and the end of the training always write one. checkpoints/ may be removed once the run is finished.
+
     Example: dpg resume runs/qr-embed-001
     """
     from dpg_cli.cli.session import session
