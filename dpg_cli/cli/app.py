@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import presets, run, verify
+from dpg_cli.cli import export, inspect, presets, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
+app.add_typer(export.app, name="export")
 app.add_typer(presets.app, name="presets")
 
 

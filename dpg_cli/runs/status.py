@@ -1,0 +1,146 @@
+"""How far a run is and what it measured, read from its files as they are: nothing in them is believed or executed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpg_cli.config import Config
+from dpg_cli.errors import UsageError
+from dpg_cli.runs.folder import RunFolder
+
+LARGEST_JSON = 64 * 2**20  # bytes; tokenisers reach some ten million
+LONGEST_LINE = 2**20
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `run.json` and the log say.
+
+    Attributes:
+        info: `run.json`; empty where there is none.
+        finished: whether the run came to its end.
+        steps_done: outer steps in the log.
+        measures: of a target trained on the final dataset.
+        control: the same for the untrained generator's data.
+        verification: what `dpg verify` left, or None.
+    """
+
+    info: dict[str, Any]
+    finished: bool
+    steps_done: int
+    measures: dict[str, float] = field(default_factory=dict)
+    control: dict[str, float] | None = None
+    verification: dict[str, Any] | None = None
+
+    @property
+    def verified(self) -> bool | None:
+        """The verdict of `dpg verify`; None where it was not asked."""
+        verdict = (self.verification or {}).get("verified")
+        return verdict if isinstance(verdict, bool) else None
+
+
+def read_status(folder: RunFolder) -> Status:
+    """Read `run.json`, the log's length and `verify.json`.
+
+    Raises:
+        UsageError: if one of them is damaged.
+    """
+    info = read_json(folder.info) if folder.info.is_file() else {}
+    place = folder.path / "verify.json"
+    return Status(
+        info=info,
+        finished=info.get("finished") is True,
+        steps_done=sum(1 for _ in log_lines(folder.metrics)),
+        measures=_numbers(info.get("measures")) or {},
+        control=_numbers(info.get("control")),
+        verification=read_json(place) if place.is_file() else None,
+    )
+
+
+def require_finished(folder: RunFolder, config: Config, status: Status) -> None:
+    """Refuse a run that has not come to its end.
+
+    Raises:
+        UsageError: saying how far it is.
+    """
+    if not status.finished:
+        raise UsageError(
+            f"{folder.path} is not finished: {status.steps_done} of {config.steps} outer steps are done.",
+            f"Finish it first: dpg resume {folder.path}.",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UsageError: if it is missing, too large, or no JSON object.
+    """
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path} is missing or no ordinary file.", "Check the path.")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UsageError(f"{path} is larger than {LARGEST_JSON >> 20} MB.", "It is no file of dpg or transformers.")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is no valid JSON.", "The file is damaged; take it from a copy.") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds no JSON object.", "The file is damaged; take it from a copy.")
+    return data
+
+
+def log_lines(path: Path) -> Iterator[dict[str, float]]:
+    """The outer steps of a `metrics.jsonl`, one dict of numbers each, in bounded memory.
+
+    A last line that was cut off in the middle (a killed run) is left out. Values that are no numbers are left out.
+
+    Raises:
+        UsageError: if another line is no JSON object.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    return
+                yield _log_line(path, line, number)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+
+
+def _log_line(path: Path, line: bytes, number: int) -> dict[str, float]:
+    """One line of the log."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}, line {number}: no JSON object.", "The file is damaged there; mend or remove that line.")
+    return _numbers(data) or {}
+
+
+def _numbers(data: object) -> dict[str, float] | None:
+    """The entries of a mapping that are numbers; None if it is none."""
+    if not isinstance(data, dict):
+        return None
+    kept = {k: v for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: v if isinstance(v, float) or abs(v) < 2**53 else math.copysign(math.inf, v) for k, v in kept.items()}
+
+
+def finite_or_none(value: Any) -> Any:
+    """Nested data with None in the place of numbers that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite_or_none(item) for key, item in value.items()}
+    return [finite_or_none(item) for item in value] if isinstance(value, list | tuple) else value
