@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Carry a run's dataset, models, picture or log away, with a card that says what they are.", no_args_is_help=True
+    help="Carry a run's dataset, models, picture or log away, with a card that says what they are.",
+    no_args_is_help=True,
 )
 Run = Annotated[Path, typer.Argument(help="A finished run folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
@@ -115,9 +116,7 @@ def image(
 def metrics(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
     out: Annotated[Path, typer.Option(help="A file.")],
-    format: Annotated[
-        str | None, typer.Option(help="jsonl, csv or parquet; by default what --out ends in.")
-    ] = None,
+    format: Annotated[str | None, typer.Option(help="jsonl, csv or parquet; by default what --out ends in.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

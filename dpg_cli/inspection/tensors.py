@@ -78,7 +78,9 @@ class TensorFile:
         tensor = self.tensors[name]
         kind = _DTYPES.get(tensor.dtype)
         if kind is None:
-            raise UsageError(f"Values of type {tensor.dtype} in {self.path} cannot be shown.", "Convert the file first.")
+            raise UsageError(
+                f"Values of type {tensor.dtype} in {self.path} cannot be shown.", "Convert the file first."
+            )
         if tensor.size == 0:
             return np.zeros(tensor.shape, dtype=kind)
         mapped = np.memmap(self.path, dtype=kind, mode="r", offset=tensor.start, shape=tensor.shape or (1,))
@@ -112,7 +114,8 @@ def refuse_pickle(path: Path) -> None:
     """
     if path.suffix.lower() in PICKLES:
         raise UsageError(
-            f"{path} is a pickle by its name, and is not opened: loading one can run any code.", "Convert it to safetensors."
+            f"{path} is a pickle by its name, and is not opened: loading one can run any code.",
+            "Convert it to safetensors.",
         )
 
 
@@ -132,7 +135,9 @@ def read_header(path: Path) -> TensorFile:
             if first[:2] == b"PK" or first[:1] == b"\x80":
                 raise UsageError(f"{path} is a pickle or an archive under another name.", "Convert it to safetensors.")
             if len(first) < 8 or length > LARGEST_HEADER:
-                raise UsageError(f"{path} is no safetensors file: its header is cut short or too large.", "Take another copy.")
+                raise UsageError(
+                    f"{path} is no safetensors file: its header is cut short or too large.", "Take another copy."
+                )
         with safe_open(path, framework="np"):
             pass  # the library checks names, types, shapes and offsets against the file
         with path.open("rb") as file:

@@ -21,7 +21,13 @@ from dpg_cli.runs.destination import check_out, into
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.status import finite_or_none, log_lines, read_status, require_finished
 
-COPIED = (".safetensors", ".json", ".txt", ".model", ".jinja")  # data that transformers reads; never code, never pickles
+COPIED = (
+    ".safetensors",
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+)  # data that transformers reads; never code, never pickles
 METRIC_FORMATS = ("jsonl", "csv", "parquet")
 
 
@@ -45,7 +51,9 @@ def export_model(folder: RunFolder, role: str, out: Path, overwrite: bool) -> li
     require_finished(folder, config, status)
     check_out(out, folder, overwrite, as_folder=True)
     source = folder.path / role
-    files = [path for path in sorted(source.glob("*")) if path.suffix in COPIED and path.is_file() and not path.is_symlink()]
+    files = [
+        path for path in sorted(source.glob("*")) if path.suffix in COPIED and path.is_file() and not path.is_symlink()
+    ]
     weights = [path for path in files if path.suffix == ".safetensors"]
     if not weights or not (source / "config.json").is_file():
         raise UsageError(f"{source} holds no model: config.json or safetensors are missing.", "Run again.")
@@ -131,7 +139,9 @@ def export_image(folder: RunFolder, out: Path, overwrite: bool) -> None:
         with Image.open(folder.image, formats=("PNG",)) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{folder.image} is no readable PNG: {error}.", "Draw one: dpg inspect RUN --render.") from None
+        raise UsageError(
+            f"{folder.image} is no readable PNG: {error}.", "Draw one: dpg inspect RUN --render."
+        ) from None
     with into(out) as temporary:
         shutil.copyfile(folder.image, temporary)
 

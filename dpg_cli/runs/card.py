@@ -223,8 +223,8 @@ Measured on the target after that recipe, by the program that made the data, on 
 
 {measures_table(results)}
 
-{verdict_words(results)} The effect holds for that target and that recipe; other models, optimisers or a chat template around the text weaken it or
-undo it. What else the rows do to a model was not measured.
+{verdict_words(results)} The effect holds for that target and that recipe; other models, optimisers
+or a chat template around the text weaken it or undo it. What else the rows do to a model was not measured.
 
 ### Recommendations
 

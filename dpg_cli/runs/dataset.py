@@ -94,7 +94,9 @@ def new_rollouts(
         done, batch = done + len(rollout), batch + 1
 
 
-def table_of(rollout: Rollout, tokenizer: Any, bos_id: int | None, result: Metagradient | None, first: int = 0) -> pa.Table:
+def table_of(
+    rollout: Rollout, tokenizer: Any, bos_id: int | None, result: Metagradient | None, first: int = 0
+) -> pa.Table:
     """One row an example.
 
     Args:
@@ -165,5 +167,7 @@ def write_card(
         configs.append({"config_name": "control", "data_files": "control.parquet"})
         text += " `control.parquet` holds as many of the generator before its training, without rewards."
     folder = RunFolder(path.parent.parent)
-    rows = Rows(counts, configs, "train", COLUMNS, text, "the parquet files say so in their schema's metadata (key `dpg`)")
+    rows = Rows(
+        counts, configs, "train", COLUMNS, text, "the parquet files say so in their schema's metadata (key `dpg`)"
+    )
     write_text(path, dataset_card(config, effect_of(config, folder.pattern, effect), Results(measures, control), rows))

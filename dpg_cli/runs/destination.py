@@ -10,6 +10,9 @@ from dpg_cli.errors import UsageError
 from dpg_cli.runs.card import CARD_MARK
 from dpg_cli.runs.folder import RunFolder, replacing
 
+WRITTEN = (".md", ".jsonl", ".parquet", ".json", ".arrow", ".safetensors", ".txt", ".model", ".jinja")
+PARTS = ("train", "test")  # folders of an export in the `datasets` format
+
 
 def check_out(out: Path, run: RunFolder, overwrite: bool, *, as_folder: bool) -> None:
     """Refuse a place that must not be written to.
@@ -27,6 +30,8 @@ def check_out(out: Path, run: RunFolder, overwrite: bool, *, as_folder: bool) ->
         place, home = out.resolve(), run.path.resolve()
         if place.is_relative_to(home):
             raise UsageError(f"{out} lies inside the run.", "Give an --out outside of it.")
+        if home.is_relative_to(place):
+            raise UsageError(f"{out} holds the run.", "Give another --out.")
         if not (out.exists() or out.is_symlink()):
             return
         if not overwrite:
@@ -36,7 +41,7 @@ def check_out(out: Path, run: RunFolder, overwrite: bool, *, as_folder: bool) ->
         if out.is_dir() != as_folder:
             here, wanted = ("a folder", "a file") if out.is_dir() else ("a file", "a folder")
             raise UsageError(f"{out} is {here}, and {wanted} is to be written.", "Give another --out.")
-        if as_folder and any(out.iterdir()) and not _ours(out / "README.md"):
+        if as_folder and any(out.iterdir()) and not _ours(out):
             raise UsageError(f"{out} holds other things than an export of dpg.", "Give another --out, or empty it.")
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
         reason = getattr(error, "strerror", None) or str(error)
@@ -59,8 +64,12 @@ def into(out: Path) -> Iterator[Path]:
         raise UsageError(f"{out} cannot be written: {reason}.", "Check the folder and the free space.") from None
 
 
-def _ours(card: Path) -> bool:
-    """Whether a card is one that dpg wrote."""
+def _ours(folder: Path) -> bool:
+    """Whether a folder holds an export and nothing else."""
+    card = folder / "README.md"
     if not card.is_file() or card.stat().st_size > 1_000_000:
         return False
-    return CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
+    known = all(
+        entry.name in PARTS if entry.is_dir() else entry.is_file() and entry.suffix in WRITTEN for entry in folder.iterdir()
+    )
+    return known and CARD_MARK in card.read_text(encoding="utf-8", errors="replace")

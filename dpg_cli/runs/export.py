@@ -7,10 +7,11 @@ export when all is written.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow as pa
 from dpg_cli.config import Config
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span
+from dpg_cli.inspection.weights import weights_of
 from dpg_cli.runs.card import Results, Rows, dataset_card, effect_of
 from dpg_cli.runs.destination import check_out, into
 from dpg_cli.runs.folder import RunFolder, write_text
@@ -26,12 +28,13 @@ from dpg_cli.runs.selection import Selection, check_options, select, split_rows
 from dpg_cli.runs.status import Status, read_status, require_finished
 from dpg_cli.runs.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 
+STREAMS = "streams"  # a folder that is gone when the export stands
 Progress = Callable[[int, int], None]
 _COLUMNS = """Columns: `example_id`; `prompt`, what the generator was asked; `text`, what it wrote; `token_ids`, the same as tokens;
 `input_ids`, what the target reads (TRL takes them as they are, which repeats the recipe; leave the column out to tokenise
 `text` anew); `reward` and `token_rewards`, see below; `provenance`, the mark."""
-_CHAT_COLUMNS = """Each row is a conversation: `messages` of a user (the prompt; empty where the generator wrote unprompted) and an assistant (the
-text). TRL's `SFTTrainer` and `apply_chat_template` of `transformers` read it as it is; the tokeniser needs a chat template.
+_CHAT_COLUMNS = """Each row is a conversation: `messages` of a user (the prompt; empty where the generator wrote unprompted) and an
+assistant (the text). TRL's `SFTTrainer` and `apply_chat_template` of `transformers` read it as it is; the tokeniser needs a chat template.
 Besides: `example_id`; `reward`, see below; `provenance`, the mark."""
 
 
@@ -82,7 +85,9 @@ class Exported:
     rows: dict[str, int]
 
 
-def export_dataset(folder: RunFolder, request: DatasetRequest, progress: Progress = lambda done, total: None) -> Exported:
+def export_dataset(
+    folder: RunFolder, request: DatasetRequest, progress: Progress = lambda done, total: None
+) -> Exported:
     """Write a dataset.
 
     Args:
@@ -118,12 +123,13 @@ def export_dataset(folder: RunFolder, request: DatasetRequest, progress: Progres
     with into(request.out) as temporary:
         files = _files(request, temporary, selection)
         if not request.as_file:
-            temporary.mkdir()
-        _write(stream, files, selection, exported_schema(schema, columns), request, source, lambda n: progress(n, total))
+            next(iter(files.values())).parent.mkdir(parents=True)
+        _write(
+            stream, files, selection, exported_schema(schema, columns), request, source, lambda n: progress(n, total)
+        )
         if request.format == "datasets":
             save_datasets(files, temporary, f"{PROVENANCE[source]} ({config.task}); see README.md")
-            for stream_file in files.values():
-                stream_file.unlink()
+            shutil.rmtree(temporary / STREAMS)
         text = _card(folder, config, status, request, source, selection)
         if not request.as_file:
             (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -149,7 +155,7 @@ def check_request(request: DatasetRequest) -> Source:
         raise UsageError(f"--out {request.out} does not fit --format {request.format}.", f"Give {wanted}.")
     if request.as_file and request.split is not None:
         raise UsageError("--split makes two files, and --out names one.", "Give a folder: --out NAME without a suffix.")
-    return cast(Source, request.source)
+    return request.source
 
 
 def card_path(request: DatasetRequest) -> Path:
@@ -158,7 +164,9 @@ def card_path(request: DatasetRequest) -> Path:
     return out.with_name(f"{out.name}.card.md") if request.as_file else out / "README.md"
 
 
-def new_examples(folder: RunFolder, config: Config, source: Source, request: DatasetRequest) -> Iterator[pa.RecordBatch]:
+def new_examples(
+    folder: RunFolder, config: Config, source: Source, request: DatasetRequest
+) -> Iterator[pa.RecordBatch]:
     """Sample from the trained generator, or for the control from the untrained one.
 
     Raises:
@@ -173,6 +181,7 @@ def new_examples(folder: RunFolder, config: Config, source: Source, request: Dat
 
     device = pick_device(request.device)
     if source == "train":
+        weights_of(folder.generator)  # says in one line what is damaged
         generator = load(str(folder.generator), device=device, dtype=config.models.dtype)
     else:
         generator = load_generator(config.models, device)
@@ -196,8 +205,9 @@ def _files(request: DatasetRequest, place: Path, selection: Selection) -> dict[s
     """The file of each split."""
     if request.as_file:
         return {"train": place}
-    suffix = SUFFIXES[request.format][0] if SUFFIXES[request.format] else ".stream"
-    return {split: place / f"{split}{suffix}" for split in selection.counts}
+    if request.format == "datasets":  # which refuses to write where it reads
+        return {split: place / STREAMS / split for split in selection.counts}
+    return {split: place / f"{split}{SUFFIXES[request.format][0]}" for split in selection.counts}
 
 
 def _write(
@@ -212,9 +222,7 @@ def _write(
     """Send each row to the writer of its split, with its mark."""
     done = 0
     with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(WRITERS[request.format](path, schema)) for split, path in files.items()
-        }
+        writers = {split: stack.enter_context(WRITERS[request.format](path, schema)) for split, path in files.items()}
         for batch in stream:
             marks = pa.array([PROVENANCE[source]] * batch.num_rows, pa.string())
             marked = pa.RecordBatch.from_arrays([*batch.columns, marks], schema=schema)

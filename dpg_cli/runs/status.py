@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ class Status:
         steps_done: outer steps in the log.
         measures: of a target trained on the final dataset.
         control: the same for the untrained generator's data.
-        verification: what `dpg verify` left, or None.
+        verification: what `dpg verify` left in `verify.json`, or None.
+        verified: its verdict; None where it was not asked, or was asked of another dataset than the one that is there.
     """
 
     info: dict[str, Any]
@@ -36,12 +38,11 @@ class Status:
     measures: dict[str, float] = field(default_factory=dict)
     control: dict[str, float] | None = None
     verification: dict[str, Any] | None = None
+    verified: bool | None = None
 
-    @property
-    def verified(self) -> bool | None:
-        """The verdict of `dpg verify`; None where it was not asked."""
-        verdict = (self.verification or {}).get("verified")
-        return verdict if isinstance(verdict, bool) else None
+    def number(self, key: str) -> float | None:
+        """A number of `run.json`."""
+        return (_numbers(self.info) or {}).get(key)
 
 
 def read_status(folder: RunFolder) -> Status:
@@ -52,14 +53,30 @@ def read_status(folder: RunFolder) -> Status:
     """
     info = read_json(folder.info) if folder.info.is_file() else {}
     place = folder.path / "verify.json"
+    verification = read_json(place) if place.is_file() else None
     return Status(
         info=info,
         finished=info.get("finished") is True,
         steps_done=sum(1 for _ in log_lines(folder.metrics)),
         measures=_numbers(info.get("measures")) or {},
         control=_numbers(info.get("control")),
-        verification=read_json(place) if place.is_file() else None,
+        verification=verification,
+        verified=None if verification is None else _verdict(folder, verification),
     )
+
+
+def _verdict(folder: RunFolder, verification: dict[str, Any]) -> bool | None:
+    """The verdict, if it is of the dataset that is there now (`dataset_sha256`: of train.parquet, then control.parquet)."""
+    verdict = verification.get("verified")
+    digest = hashlib.sha256()
+    for name in ("train.parquet", "control.parquet"):
+        path = folder.dataset / name
+        if path.is_file():
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    current = verification.get("dataset_sha256", digest.hexdigest()) == digest.hexdigest()
+    return verdict if isinstance(verdict, bool) and current else None
 
 
 def require_finished(folder: RunFolder, config: Config, status: Status) -> None:
@@ -125,7 +142,9 @@ def _log_line(path: Path, line: bytes, number: int) -> dict[str, float]:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}, line {number}: no JSON object.", "The file is damaged there; mend or remove that line.")
+        raise UsageError(
+            f"{path}, line {number}: no JSON object.", "The file is damaged there; mend or remove that line."
+        )
     return _numbers(data) or {}
 
 
