@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html.parser
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpg_cli.escape import code_span
+from dpg_cli.export.selection import split_rows
 from dpg_cli.runs.card import CARD_MARK
 from dpg_cli.runs.rows import PROVENANCE
-from dpg_cli.runs.selection import split_rows
 from tests.short_run import EXAMPLES, Answer, call, copy_of, make_run, rewrite_rows
 
 CHAT_TEMPLATE = (
@@ -275,7 +274,7 @@ def test_models_load_from_their_export(role: str, run: Path, dpg: Any, tmp_path:
     place = copy_of(run, tmp_path / "run")
     (place / role / "evil.py").write_text("raise SystemExit")
     (place / role / "weights.bin").write_bytes(b"\x80\x04.")
-    os.symlink("/etc/hostname", place / role / "link.json")
+    (place / role / "link.json").symlink_to("/etc/hostname")
     answer = dpg("export", role, place, "--out", tmp_path / role, "--json")
     assert answer.code == 0, answer.err
     names = {path.name for path in (tmp_path / role).iterdir()}
@@ -357,7 +356,9 @@ def bad_inputs(run: Path, place: Path) -> dict[str, list[str | Path]]:
     blob[40:400] = bytes(360)
     (page / "dataset" / "train.parquet").write_bytes(blob)
     other = damaged("other columns")
-    pq.write_table(pq.read_table(other / "dataset" / "train.parquet").drop(["text"]), other / "dataset" / "train.parquet")
+    pq.write_table(
+        pq.read_table(other / "dataset" / "train.parquet").drop(["text"]), other / "dataset" / "train.parquet"
+    )
     unknown = damaged("unknown key")
     (unknown / "config.toml").write_text((unknown / "config.toml").read_text() + "\nnope = 1\n")
     json_damage, log_damage, weights = damaged("json"), damaged("log"), damaged("weights")
@@ -432,7 +433,7 @@ def test_bad_input_gives_one_line_and_nothing_is_written(run: Path, dpg: Any, tm
 
 
 def test_a_full_disk_leaves_nothing(run: Path, dpg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpg_cli.runs import writers
+    from dpg_cli.export import writers
 
     def full(self: object, batch: object) -> None:
         raise OSError(28, "No space left on device")

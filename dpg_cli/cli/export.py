@@ -53,7 +53,7 @@ def dataset(
 
         dpg export dataset runs/mine --format parquet --n 100000 --seed 1 --out more.parquet
     """
-    from dpg_cli.runs.export import DatasetRequest, export_dataset
+    from dpg_cli.export.dataset import DatasetRequest, export_dataset
     from dpg_cli.runs.folder import RunFolder
 
     request = DatasetRequest(format, out, source, n, split, min_reward, seed, overwrite, device)
@@ -105,7 +105,7 @@ def image(
 
     Example: dpg export image runs/mine --out head.png
     """
-    from dpg_cli.runs.artefacts import export_image
+    from dpg_cli.export.artefacts import export_image
     from dpg_cli.runs.folder import RunFolder
 
     export_image(RunFolder.open(run), out, overwrite)
@@ -124,7 +124,7 @@ def metrics(
 
     Example: dpg export metrics runs/mine --out log.csv
     """
-    from dpg_cli.runs.artefacts import export_metrics
+    from dpg_cli.export.artefacts import export_metrics
     from dpg_cli.runs.folder import RunFolder
 
     steps = export_metrics(RunFolder.open(run), out, format, overwrite)
@@ -133,7 +133,7 @@ def metrics(
 
 def _model(run: Path, role: str, out: Path, overwrite: bool, as_json: bool) -> None:
     """Copy one of the two models."""
-    from dpg_cli.runs.artefacts import export_model
+    from dpg_cli.export.artefacts import export_model
     from dpg_cli.runs.folder import RunFolder
 
     files = export_model(RunFolder.open(run), role, out, overwrite)

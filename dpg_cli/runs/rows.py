@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -103,3 +104,10 @@ def plain_columns(schema: pa.Schema) -> list[str]:
         return number or pa.types.is_string(kind) or pa.types.is_boolean(kind)
 
     return [field.name for field in schema if plain(field.type) and field.name != "provenance"]
+
+
+def reward_column(path: Path) -> np.ndarray:
+    """The rewards of all rows, float64; NaN where there is none."""
+    # By way of lists: pyarrow's own ways to numpy import pandas first, which takes longer than the rest.
+    parts = [np.array(batch.column(0).to_pylist(), dtype=np.float64) for batch in batches(path, ["reward"])]
+    return np.concatenate(parts) if parts else np.zeros(0)

@@ -57,12 +57,20 @@ def read_status(folder: RunFolder) -> Status:
     return Status(
         info=info,
         finished=info.get("finished") is True,
-        steps_done=sum(1 for _ in log_lines(folder.metrics)),
+        steps_done=_count_lines(folder.metrics),
         measures=_numbers(info.get("measures")) or {},
         control=_numbers(info.get("control")),
         verification=verification,
         verified=None if verification is None else _verdict(folder, verification),
     )
+
+
+def _count_lines(path: Path) -> int:
+    """Whole lines of a log, unread."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
 def _verdict(folder: RunFolder, verification: dict[str, Any]) -> bool | None:
@@ -153,7 +161,9 @@ def _numbers(data: object) -> dict[str, float] | None:
     if not isinstance(data, dict):
         return None
     kept = {k: v for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {k: v if isinstance(v, float) or abs(v) < 2**53 else math.copysign(math.inf, v) for k, v in kept.items()}
+    return {
+        k: v if isinstance(v, float) or abs(v) < 2**53 else math.inf * (1 if v > 0 else -1) for k, v in kept.items()
+    }
 
 
 def finite_or_none(value: Any) -> Any:

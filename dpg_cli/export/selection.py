@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dpg_cli.errors import UsageError
-from dpg_cli.runs.rows import batches, outline
+from dpg_cli.runs.rows import outline, reward_column
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +105,3 @@ def split_rows(keep: np.ndarray, split: float | None, seed: int, words: str) -> 
     test = np.zeros(len(keep), dtype=bool)
     test[np.random.default_rng(seed).permutation(places)[:held_out]] = True
     return Selection(keep, test, f"{words} `test` is a random {split:.4g} of them, seed {seed}.")
-
-
-def reward_column(path: Path) -> np.ndarray:
-    """The rewards of all rows, float64; NaN where there is none."""
-    parts = [
-        batch.column(0).to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-        for batch in batches(path, ["reward"])
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0)

@@ -19,14 +19,14 @@ import pyarrow as pa
 from dpg_cli.config import Config
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span
+from dpg_cli.export.destination import check_out, into
+from dpg_cli.export.selection import Selection, check_options, select, split_rows
+from dpg_cli.export.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.runs.card import Results, Rows, dataset_card, effect_of
-from dpg_cli.runs.destination import check_out, into
 from dpg_cli.runs.folder import RunFolder, write_text
 from dpg_cli.runs.rows import PROVENANCE, SCHEMA, SOURCES, Source, batches, outline, plain_columns
-from dpg_cli.runs.selection import Selection, check_options, select, split_rows
 from dpg_cli.runs.status import Status, read_status, require_finished
-from dpg_cli.runs.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 
 STREAMS = "streams"  # a folder that is gone when the export stands
 Progress = Callable[[int, int], None]
@@ -109,6 +109,7 @@ def export_dataset(
     if request.format == "datasets":
         require_datasets()
     path = folder.dataset / f"{source}.parquet"
+    progress(0, request.n or outline(path)[0])
     if request.n is None:
         selection = select(path, request.min_reward, request.split, request.seed)
         _, schema = outline(path)
@@ -119,7 +120,6 @@ def export_dataset(
         selection = split_rows(np.ones(request.n, dtype=bool), request.split, request.seed, words)
         schema, columns, total = SCHEMA, SCHEMA.names, request.n
         stream = new_examples(folder, config, source, request)
-    progress(0, total)
     with into(request.out) as temporary:
         files = _files(request, temporary, selection)
         if not request.as_file:

@@ -70,6 +70,7 @@ def _ours(folder: Path) -> bool:
     if not card.is_file() or card.stat().st_size > 1_000_000:
         return False
     known = all(
-        entry.name in PARTS if entry.is_dir() else entry.is_file() and entry.suffix in WRITTEN for entry in folder.iterdir()
+        entry.name in PARTS if entry.is_dir() else entry.is_file() and entry.suffix in WRITTEN
+        for entry in folder.iterdir()
     )
     return known and CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
