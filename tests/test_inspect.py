@@ -156,7 +156,7 @@ def test_a_checkpoint_is_shown_file_by_file(dpg: Any, tmp_path: Path) -> None:
     place = tmp_path / "checkpoints" / "step-7"
     place.mkdir(parents=True)
     save_file({"lm_head.weight": torch.ones(5, 4), "h.bias": torch.zeros(4)}, place / "generator.safetensors")
-    save_file({"0.exp_avg": torch.full((5, 4), 2.0)}, place / "optimizer.safetensors")
+    save_file({"exp_avg/h.lm_head.weight": torch.full((5, 4), 2.0)}, place / "optimizer.safetensors")
     save_file({"sampling": torch.zeros(16, dtype=torch.uint8)}, place / "rng.safetensors")
     (place / "state.json").write_text(json.dumps({"step": 7, "settings": {"steps": 9}, "evil": NASTY}))
     said = as_json(dpg, place)
@@ -165,6 +165,8 @@ def test_a_checkpoint_is_shown_file_by_file(dpg: Any, tmp_path: Path) -> None:
         "generator": 24, "optimizer": 20, "rng": 16,
     }  # fmt: skip
     assert said["models"]["generator"]["head"]["norm"] == pytest.approx(math.sqrt(20))
+    assert said["models"]["optimizer"]["head"] is None
+    assert draw(place) == render_matrix(np.ones((5, 4), np.float32), title="step-7: lm_head.weight")
     assert said["state"]["state.json"]["step"] == 7
     answer = dpg("inspect", place)
     assert answer.code == 0 and "\x1b" not in answer.out and "[bold]b[/bold]" in answer.out
@@ -332,6 +334,8 @@ def bad_inputs(run: Path, place: Path) -> dict[str, list[str | Path]]:
     toml, info, log, config, pattern = (damaged(name) for name in ("toml", "info", "log", "config", "pattern"))
     (toml / "config.toml").write_text("steps = [")
     (info / "run.json").write_text("[" * 100_000)
+    deep = damaged("deep")
+    (deep / "run.json").write_text('{"a": ' + "[" * 300 + "]" * 300 + "}")
     (log / "metrics.jsonl").write_text("nonsense\n")
     (config / "target" / "config.json").write_text('"text"')
     (pattern / "pattern.png").write_bytes(b"\x89PNG\r\n\x1a\nxxxx")
@@ -372,6 +376,7 @@ def bad_inputs(run: Path, place: Path) -> dict[str, list[str | Path]]:
         "cut parquet": [inspect, cut_data],
         "damaged settings": [inspect, toml],
         "damaged run.json": [inspect, info],
+        "deep run.json": [inspect, deep],
         "damaged log": [inspect, log],
         "damaged config.json": [inspect, config],
         "damaged pattern": [inspect, pattern],

@@ -68,7 +68,9 @@ class Chat(JsonLines):
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """The conversation, with what remains of the row's own columns."""
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["text"]}]
+        messages = [
+            {"role": role, "content": row[name] or ""} for role, name in (("user", "prompt"), ("assistant", "text"))
+        ]
         rest: dict[str, Any] = {key: _finite(row[key]) for key in ("example_id", "reward", "provenance") if key in row}
         return {"messages": messages, **rest}
 

@@ -14,7 +14,7 @@ from dpg_cli.runs.status import read_json
 INDEX = "model.safetensors.index.json"
 PATCH = "patch.safetensors"
 MOST_NORMED = 500_000_000  # values; above that, only the head's norm is taken
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "score.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = (
     "wte.weight",
     "embed_tokens.weight",
@@ -61,6 +61,8 @@ class Weights:
         for names, tied in ((_HEADS, False), (_EMBEDDINGS, True)):
             for wanted in names:
                 for file, tensor in self.tensors:
+                    if "/" in tensor.name:  # a checkpoint's moments: exp_avg/lm_head.weight
+                        continue
                     if (tensor.name == wanted or tensor.name.endswith(f".{wanted}")) and len(tensor.shape) == 2:
                         return file, tensor, tied
         return None

@@ -16,6 +16,7 @@ from dpg_cli.runs.folder import RunFolder
 
 LARGEST_JSON = 64 * 2**20  # bytes; tokenisers reach some ten million
 LONGEST_LINE = 2**20
+DEEPEST = 50  # levels of nesting
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is no valid JSON.", "The file is damaged; take it from a copy.") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no JSON object.", "The file is damaged; take it from a copy.")
+    if not isinstance(data, dict) or _is_deep(data):
+        raise UsageError(f"{path} holds no JSON object, or one nested too deeply.", "Take it from a copy.")
     return data
+
+
+def _is_deep(data: Any) -> bool:
+    """Whether lists and objects are nested more than `DEEPEST` levels: what goes through them by recursion would fail."""
+    level = [data]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                inner.extend(value.values() if isinstance(value, dict) else value)
+        level = inner
+        if not level:
+            return False
+    return True
 
 
 def log_lines(path: Path) -> Iterator[dict[str, float]]:
