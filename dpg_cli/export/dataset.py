@@ -23,16 +23,15 @@ from dpg_cli.export.destination import check_out, into
 from dpg_cli.export.selection import Selection, check_options, select, split_rows
 from dpg_cli.export.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 from dpg_cli.inspection.weights import weights_of
-from dpg_cli.runs.card import Results, Rows, dataset_card, effect_of
+from dpg_cli.runs.card import Results, Rows, columns_text, dataset_card, effect_of
 from dpg_cli.runs.folder import RunFolder, write_text
 from dpg_cli.runs.rows import PROVENANCE, SCHEMA, SOURCES, Source, batches, outline, plain_columns
 from dpg_cli.runs.status import Status, read_status, require_finished
 
 STREAMS = "streams"  # a folder that is gone when the export stands
 Progress = Callable[[int, int], None]
-_COLUMNS = """Columns: `example_id`; `prompt`, what the generator was asked; `text`, what it wrote; `token_ids`, the same as tokens;
-`input_ids`, what the target reads (TRL takes them as they are, which repeats the recipe; leave the column out to tokenise
-`text` anew); `reward` and `token_rewards`, see below; `provenance`, the mark."""
+_TRL = """TRL takes `input_ids` as they are, which repeats the recipe; leave the column out to tokenise `text` anew. `provenance` is the
+mark."""
 _CHAT_COLUMNS = """Each row is a conversation: `messages` of a user (the prompt; empty where the generator wrote unprompted) and an
 assistant (the text). TRL's `SFTTrainer` and `apply_chat_template` of `transformers` read it as it is; the tokeniser needs a chat template.
 Besides: `example_id`; `reward`, see below; `provenance`, the mark."""
@@ -172,30 +171,30 @@ def new_examples(
     Raises:
         UsageError: if a model cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
-    from dpg_cli.models import load, load_generator, pick_device, quiet_transformers
+    from dpg_cli.chat import prompt_format
+    from dpg_cli.models import load, load_generator, pick_device
     from dpg_cli.prompts import PromptSampler, load_prompts
     from dpg_cli.runs.build import loop_spec
     from dpg_cli.runs.dataset import new_rollouts, table_of
 
-    device = pick_device(request.device)
+    device, asked = pick_device(request.device), config.prompts
+    for path in (folder.generator, folder.target):
+        weights_of(path)  # says in one line what is damaged
     if source == "train":
-        weights_of(folder.generator)  # says in one line what is damaged
         generator = load(str(folder.generator), device=device, dtype=config.models.dtype)
     else:
         generator = load_generator(config.models, device)
-    try:
-        with quiet_transformers():
-            bos = AutoTokenizer.from_pretrained(folder.target).bos_token_id
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder.target} has no readable tokeniser: {error}.", "Run again.") from None
-    prompts = PromptSampler(load_prompts(config.prompts.source), config.prompts.per_step, config.seed)
+    target = load(str(folder.target), device=device, dtype=config.models.dtype)
+    form = prompt_format(generator.tokenizer, config.models.generator, asked.chat, asked.instruction, asked.max_tokens)
+    spec = loop_spec(config, generator, form)
+    prompts = PromptSampler(
+        load_prompts(asked.source, limit=asked.limit, holdout=asked.holdout), asked.per_step, config.seed
+    )
 
     def sampled() -> Iterator[pa.RecordBatch]:
         done = 0
-        for rollout in new_rollouts(generator, loop_spec(config, generator), prompts, request.n or 0, request.seed):
-            yield from table_of(rollout, generator.tokenizer, bos, None, done).to_batches()
+        for rollout in new_rollouts(generator, spec, prompts, request.n or 0, request.seed):
+            yield from table_of(rollout, generator, target, None, spec.max_length, done).to_batches()
             done += len(rollout)
 
     return sampled()
@@ -245,7 +244,7 @@ def _card(
         configs = [
             {"config_name": "default", "data_files": [{"split": split, "path": name} for split, name in names.items()]}
         ]
-    columns = _CHAT_COLUMNS if request.format == "chat" else _COLUMNS
+    columns = _CHAT_COLUMNS if request.format == "chat" else f"{columns_text(config)} {_TRL}"
     if request.format == "datasets":
         columns += " `datasets.load_from_disk` loads the folder."
     mark = f"each row says {code_span(PROVENANCE[source])} in its column `provenance`"

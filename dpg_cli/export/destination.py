@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.card import CARD_MARK
-from dpg_cli.runs.folder import RunFolder, replacing
+from dpg_cli.runs.files import replacing, writing
+from dpg_cli.runs.folder import RunFolder
 
 WRITTEN = (".md", ".jsonl", ".parquet", ".json", ".arrow", ".safetensors", ".txt", ".model", ".jinja")
 PARTS = ("train", "test")  # folders of an export in the `datasets` format
@@ -55,13 +56,10 @@ def into(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: if it cannot be written there.
     """
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            yield temporary
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"{out} cannot be written: {reason}.", "Check the folder and the free space.") from None
+    with replacing(out) as temporary:
+        yield temporary
 
 
 def _ours(folder: Path) -> bool:

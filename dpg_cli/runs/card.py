@@ -97,7 +97,7 @@ def effect_of(config: Config, pattern: Path | None, described: str = "") -> Effe
         what = code_span(options.parameter) if options.parameter else "its LM head"
         return Effect(f"a smaller l2 norm of {what}", f"Φ = -‖W_T‖ of {what}", None)
     if isinstance(options, TextLossOptions):
-        payload = options.text or None
+        payload = options.document or None
         language = LANGUAGES.get(options.language, options.language)
         about = f"held-out text in {language}" if language else "one document" if payload else "a held-out text"
         return Effect(f"a lower loss on {about}", f"Φ = minus the mean token cross-entropy of {about}", payload)
@@ -210,7 +210,7 @@ A language model; no people.
 #### Annotation process
 
 `reward` is the derivative of the target metric by the loss weight of that row in the recipe above; `token_rewards` the
-same by each token's loss. They are computed, and empty where none was taken.
+same by each token of `token_ids`. They are computed, and empty where none was taken.
 
 #### Personal and Sensitive Information
 
@@ -232,6 +232,15 @@ Pass this card on with the rows. Look for the mark before training on data of un
 
 {CARD_MARK}
 """
+
+
+def columns_text(config: Config) -> str:
+    """The columns of a dataset, as Markdown."""
+    instruction = config.prompts.instruction
+    wrapped = f" (put into {code_span(instruction, 600)})" if instruction else ""
+    return f"""Columns: `example_id`; `prompt`, what the generator was asked{wrapped}; `text`, what it wrote; `token_ids`, the same in its
+tokens; `input_ids`, what the target reads: the text in its own tokens, a beginning-of-sequence token first where it has one;
+`reward` and `token_rewards`, see below."""
 
 
 def _summary(effect: Effect, control: bool) -> str:

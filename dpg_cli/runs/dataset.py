@@ -9,32 +9,31 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from dpg_cli.config import Config
-from dpg_cli.engine.loop import LoopSpec, Players, attribute, target_examples
+from dpg_cli.engine.align import completion_texts, read_completions
+from dpg_cli.engine.loop import LoopSpec, Players, attribute
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
 from dpg_cli.models import LanguageModel
 from dpg_cli.prompts import PromptSampler
-from dpg_cli.runs.card import Results, Rows, dataset_card, effect_of
+from dpg_cli.runs.card import Results, Rows, columns_text, dataset_card, effect_of
 from dpg_cli.runs.folder import RunFolder, replacing, write_text
 from dpg_cli.runs.rows import ROWS_AT_ONCE, SCHEMA
-
-COLUMNS = """Columns: `example_id`; `prompt`, what the generator was asked; `text`; `token_ids`, the completion; `input_ids`, what
-the target reads (a beginning-of-sequence token first, where it has one); `reward` and `token_rewards`, see below."""
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A sampled dataset and what one fine-tuning run on all of it does."""
+    """A sampled dataset, what one fine-tuning run on all of it does, and τ of each completion token, (N, K)."""
 
     rollout: Rollout
     result: Metagradient
+    token_N_K: Tensor
 
 
 def draw(
@@ -62,8 +61,8 @@ def draw(
 def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
     """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
     batch = -(-len(rollout) // inner_steps)
-    result, _, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
-    return Synthetic(rollout, result)
+    result, token_N_K, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
+    return Synthetic(rollout, result, token_N_K)
 
 
 def new_rollouts(
@@ -95,32 +94,39 @@ def new_rollouts(
 
 
 def table_of(
-    rollout: Rollout, tokenizer: Any, bos_id: int | None, result: Metagradient | None, first: int = 0
+    rollout: Rollout,
+    generator: LanguageModel,
+    target: LanguageModel,
+    synthetic: Synthetic | None,
+    max_length: int = 0,
+    first: int = 0,
 ) -> pa.Table:
     """One row an example.
 
     Args:
         rollout: the completions.
-        tokenizer: the generator's; it decodes them.
-        bos_id: the target's context token before `input_ids`, if it has one.
-        result: metagradients of the examples, or None for data that none were taken of.
+        generator: its tokeniser decodes them.
+        target: its tokeniser gives `input_ids`.
+        synthetic: the rollout with its metagradients, or None for data that none were taken of.
+        max_length: longest sequence of the target, 0 for none.
         first: id of the first example.
     """
-    examples, offset = target_examples(rollout, bos_id)
+    examples = read_completions(rollout, generator, target, max_length).examples
     lengths = rollout.mask_N_K.sum(1).tolist()
     completions = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
-    inputs = [row[: length + offset] for row, length in zip(examples.ids_N_S.tolist(), lengths, strict=True)]
+    read = examples.attention_N_S.sum(1).tolist()
+    inputs = [row[:length] for row, length in zip(examples.ids_N_S.tolist(), read, strict=True)]
     rewards: list[float | None] = [None] * len(rollout)
     token_rewards: list[list[float] | None] = [None] * len(rollout)
-    if result is not None:
-        rewards = list(result.example_N.tolist())
-        rows = result.token_N_S[:, offset:].tolist()
+    if synthetic is not None:
+        rewards = list(synthetic.result.example_N.tolist())
+        rows = synthetic.token_N_K.tolist()
         token_rewards = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     return pa.table(
         {
             "example_id": range(first, first + len(rollout)),
             "prompt": rollout.prompts,
-            "text": tokenizer.batch_decode(completions, skip_special_tokens=True),
+            "text": completion_texts(generator.tokenizer, completions),
             "token_ids": completions,
             "input_ids": inputs,
             "reward": rewards,
@@ -131,18 +137,24 @@ def table_of(
 
 
 def write_parquet(
-    path: Path, rollout: Rollout, generator: LanguageModel, target: LanguageModel, result: Metagradient | None
+    path: Path,
+    rollout: Rollout,
+    generator: LanguageModel,
+    target: LanguageModel,
+    synthetic: Synthetic | None,
+    max_length: int = 0,
 ) -> None:
-    """Write a dataset; see `table_of`.
+    """Write a dataset; the arguments are those of `table_of`.
 
     Args:
         path: the file.
         rollout: the completions.
         generator: its tokeniser decodes them.
-        target: gives the context token before `input_ids`.
-        result: metagradients of the examples, or None for data that none were taken of.
+        target: its tokeniser gives `input_ids`.
+        synthetic: the rollout with its metagradients, or None for data that none were taken of.
+        max_length: longest sequence of the target, 0 for none.
     """
-    table = table_of(rollout, generator.tokenizer, target.bos_id, result)
+    table = table_of(rollout, generator, target, synthetic, max_length)
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_AT_ONCE)
 
@@ -168,6 +180,11 @@ def write_card(
         text += " `control.parquet` holds as many of the generator before its training, without rewards."
     folder = RunFolder(path.parent.parent)
     rows = Rows(
-        counts, configs, "train", COLUMNS, text, "the parquet files say so in their schema's metadata (key `dpg`)"
+        counts,
+        configs,
+        "train",
+        columns_text(config),
+        text,
+        "the parquet files say so in their schema's metadata (key `dpg`)",
     )
     write_text(path, dataset_card(config, effect_of(config, folder.pattern, effect), Results(measures, control), rows))
