@@ -152,6 +152,17 @@ def test_every_kind_has_the_same_keys(run: Path, dpg: Any) -> None:
     assert head["tied"] is True and head["name"] == "transformer.wte.weight"
 
 
+def test_a_checkpoint_of_a_run(run: Path, dpg: Any) -> None:
+    assert as_json(dpg, run)["checkpoints"] == ["step-2"]
+    said = as_json(dpg, run / "checkpoints" / "step-2")
+    assert said["kind"] == "checkpoint" and said["state"]["state.json"]["step"] == 2
+    # After the last outer step the checkpoint's generator is the one that the run leaves.
+    kept = as_json(dpg, run / "generator")["models"]["generator"]
+    assert said["models"]["generator"]["head"] == kept["head"]
+    assert said["models"]["generator"]["parameters"] == 334_464
+    assert said["models"]["optimizer"]["parameters"] == 2 * 334_464 + 29  # two moments, and a step a tensor
+
+
 def test_a_checkpoint_is_shown_file_by_file(dpg: Any, tmp_path: Path) -> None:
     place = tmp_path / "checkpoints" / "step-7"
     place.mkdir(parents=True)

@@ -279,9 +279,10 @@ def _recipe(config: Config) -> str:
         rest = f"beta ({inner.beta1:g}, {inner.beta2:g}), eps {inner.eps:g}, eps_root {inner.eps_root:g}"
     else:
         rest = f"momentum {inner.momentum:g}"
+    cut = f", sequences cut after {inner.max_length:,} tokens" if inner.max_length else ""
     return (
         f"{inner.optimizer}, learning rate {inner.lr:g}, {rest}, weight decay {inner.weight_decay:g}; {steps} over all rows "
-        f"in order, each used once, loss averaged by {inner.normalization}."
+        f"in order, each used once, loss averaged by {inner.normalization}{cut}."
     )
 
 
