@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +103,37 @@ def render_matrix(values: np.ndarray, *, title: str) -> Image.Image:
     values = np.asarray(values)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"a matrix is needed, not an array of shape {values.shape}")
-    finite = _finite(values)
-    steps = [-(-side // _LARGEST) for side in finite.shape]
-    shown = finite
-    for axis, step in enumerate(steps):
-        starts = np.arange(0, finite.shape[axis], step)
-        lengths = np.diff(np.append(starts, finite.shape[axis])).reshape((-1, 1) if axis == 0 else (1, -1))
-        shown = np.add.reduceat(shown, starts, axis=axis, dtype=np.float64) / lengths if step > 1 else shown
+    return render_blocks([values], (values.shape[0], values.shape[1]), title=title)
+
+
+def row_step(rows: int) -> int:
+    """How many rows of a matrix are averaged into one row of its picture."""
+    return -(-rows // _LARGEST)
+
+
+def render_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, int], *, title: str) -> Image.Image:
+    """A matrix that is too large to hold, drawn as `render_matrix` draws it.
+
+    Args:
+        blocks: its rows from the top, float (r, C) each, where r is a multiple of `row_step(R)` but for the last block.
+        shape: (R, C), neither 0.
+        title: heading.
+    """
+    steps = [row_step(side) for side in shape]
+    parts, low, high, bad = [], np.inf, -np.inf, 0
+    for block in blocks:
+        finite = _finite(block)
+        low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        bad += block.size - int(np.isfinite(block).sum())
+        parts.append(_averaged(finite, steps))
+    shown = np.concatenate(parts)
     extent = float(np.percentile(np.abs(shown), 99.8)) or _extent(shown)
     picture = _cells(_colours(shown, extent), max(1, _LARGEST // max(shown.shape)))
     width = max(picture.width, 560)
     canvas = Image.new("RGB", (width + 2 * _MARGIN, picture.height + 2 * _MARGIN + 150), "white")
     draw = ImageDraw.Draw(canvas)
-    subtitle = f"{values.shape[0]:,} x {values.shape[1]:,} · min {finite.min():.3g} · max {finite.max():.3g}"
-    if bad := values.size - int(np.isfinite(values).sum()):
+    subtitle = f"{shape[0]:,} x {shape[1]:,} · min {low:.3g} · max {high:.3g}"
+    if bad:
         subtitle += f" · {bad:,} not finite"
     _heading(draw, title, subtitle, width)
     _framed(canvas, picture, (_MARGIN + (width - picture.width) // 2, _MARGIN + 86))
@@ -158,6 +176,15 @@ def save_png(image: Image.Image, path: Path | str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _averaged(values: np.ndarray, steps: list[int]) -> np.ndarray:
+    """Means over stretches of `steps` rows and columns; the last stretch of a side may be shorter."""
+    for axis, step in enumerate(steps):
+        starts = np.arange(0, values.shape[axis], step)
+        lengths = np.diff(np.append(starts, values.shape[axis])).reshape((-1, 1) if axis == 0 else (1, -1))
+        values = np.add.reduceat(values, starts, axis=axis, dtype=np.float64) / lengths if step > 1 else values
+    return values
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

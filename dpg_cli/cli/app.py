@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import check, metrics, presets, resume, run, verify
+from dpg_cli.cli import check, export, inspect, metrics, presets, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -22,6 +22,8 @@ app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("check")(check.check)
 app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
+app.add_typer(export.app, name="export")
 app.add_typer(presets.app, name="presets")
 app.add_typer(metrics.app, name="metrics")
 

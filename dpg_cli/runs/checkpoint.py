@@ -273,7 +273,11 @@ def place(built: Built) -> str:
 
 def prompts_sum(built: Built) -> str:
     """A sum of all prompts and their order."""
-    return hashlib.sha256(json.dumps(built.prompts.prompts).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")
+    for number, prompt in enumerate(built.prompts.prompts):  # a pool may be of any size and lie on the disk
+        digest.update(f"{', ' if number else ''}{json.dumps(prompt)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def file_sum(path: Path) -> str:

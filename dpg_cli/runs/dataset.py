@@ -1,7 +1,12 @@
-"""The synthetic dataset that a run leaves: sampled from the trained generator, attributed, written as parquet with a card."""
+"""The synthetic dataset that a run leaves: sampled from the trained generator, attributed, written as parquet with a card.
+
+The columns are in `rows`, the card's text in `card`; both are free of torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,19 +23,9 @@ from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
 from dpg_cli.models import LanguageModel
 from dpg_cli.prompts import PromptSampler
-from dpg_cli.runs.folder import replacing, write_text
-
-SCHEMA = pa.schema(
-    [
-        ("example_id", pa.int64()),
-        ("prompt", pa.string()),
-        ("text", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("input_ids", pa.list_(pa.int32())),
-        ("reward", pa.float64()),
-        ("token_rewards", pa.list_(pa.float32())),
-    ]
-)
+from dpg_cli.runs.card import Results, Rows, columns_text, dataset_card, effect_of
+from dpg_cli.runs.folder import RunFolder, replacing, write_text
+from dpg_cli.runs.rows import ROWS_AT_ONCE, SCHEMA
 
 
 @dataclass(frozen=True)
@@ -74,23 +69,51 @@ def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int
     return Synthetic(rollout, result, token_N_K)
 
 
-def write_parquet(
-    path: Path,
+def new_rollouts(
+    generator: LanguageModel, spec: LoopSpec, prompts: PromptSampler, examples: int, seed: int
+) -> Iterator[Rollout]:
+    """Sample new examples, a batch at a time, so that memory does not grow with their number.
+
+    The draws are of another stream than those of the run itself, whatever the seeds.
+
+    Args:
+        generator: what writes them.
+        spec: sampling settings.
+        prompts: the pool of prompts; each comes once before any comes again.
+        examples: how many; whole groups are drawn, the surplus dropped.
+        seed: of sampling and prompt order.
+    """
+    device = next(generator.model.parameters()).device
+    stream = int.from_bytes(hashlib.sha256(f"new examples {prompts.seed} {seed}".encode()).digest()[:7])
+    rng = torch.Generator(device).manual_seed(stream)
+    size = spec.sampling.group_size
+    order = PromptSampler(prompts.prompts, max(1, spec.sampling.batch_size // size), stream)
+    done = batch = 0
+    while done < examples:
+        left = examples - done
+        texts = order.at(batch)[: -(-left // size)]
+        rollout = sample(generator.model, generator.tokenizer, texts, spec.sampling, rng)
+        yield rollout.rows(torch.arange(min(left, len(rollout)), device=device))
+        done, batch = done + len(rollout), batch + 1
+
+
+def table_of(
     rollout: Rollout,
     generator: LanguageModel,
     target: LanguageModel,
     synthetic: Synthetic | None,
     max_length: int = 0,
-) -> None:
+    first: int = 0,
+) -> pa.Table:
     """One row an example.
 
     Args:
-        path: the file.
         rollout: the completions.
         generator: its tokeniser decodes them.
         target: its tokeniser gives `input_ids`.
         synthetic: the rollout with its metagradients, or None for data that none were taken of.
         max_length: longest sequence of the target, 0 for none.
+        first: id of the first example.
     """
     examples = read_completions(rollout, generator, target, max_length).examples
     lengths = rollout.mask_N_K.sum(1).tolist()
@@ -103,9 +126,9 @@ def write_parquet(
         rewards = list(synthetic.result.example_N.tolist())
         rows = synthetic.token_N_K.tolist()
         token_rewards = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-    table = pa.table(
+    return pa.table(
         {
-            "example_id": range(len(rollout)),
+            "example_id": range(first, first + len(rollout)),
             "prompt": rollout.prompts,
             "text": completion_texts(generator.tokenizer, completions),
             "token_ids": completions,
@@ -115,77 +138,57 @@ def write_parquet(
         },
         schema=SCHEMA,
     )
+
+
+def write_parquet(
+    path: Path,
+    rollout: Rollout,
+    generator: LanguageModel,
+    target: LanguageModel,
+    synthetic: Synthetic | None,
+    max_length: int = 0,
+) -> None:
+    """Write a dataset; the arguments are those of `table_of`.
+
+    Args:
+        path: the file.
+        rollout: the completions.
+        generator: its tokeniser decodes them.
+        target: its tokeniser gives `input_ids`.
+        synthetic: the rollout with its metagradients, or None for data that none were taken of.
+        max_length: longest sequence of the target, 0 for none.
+    """
+    table = table_of(rollout, generator, target, synthetic, max_length)
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def _asked(config: Config) -> str:
-    """How prompts were wrapped, for the card."""
-    instruction = config.prompts.instruction.replace("\n", " ")
-    return f" (put into: {instruction})" if instruction else ""
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_AT_ONCE)
 
 
 def write_card(
     path: Path, config: Config, effect: str, measures: dict[str, float], control: dict[str, float] | None
 ) -> None:
-    """The data card, in the form of the hub's.
+    """The data card of a run's own dataset folder.
 
     Args:
-        path: the file.
+        path: `dataset/README.md` in the run folder.
         config: the run's settings.
-        effect: what the data makes of the target, in words.
+        effect: what the metric says it is for, in words.
         measures: of a target trained on the data.
         control: the same of a target trained on the untrained generator's data.
     """
-    rows = "\n".join(
-        f"| {name} | {value:.6g} | {'' if control is None else format(control.get(name, float('nan')), '.6g')} |"
-        for name, value in measures.items()
+    counts = {"train": config.dataset.examples}
+    configs = [{"config_name": "default", "data_files": "train.parquet"}]
+    text = "Each row is one completion."
+    if control is not None:
+        counts["control"] = config.dataset.examples
+        configs.append({"config_name": "control", "data_files": "control.parquet"})
+        text += " `control.parquet` holds as many of the generator before its training, without rewards."
+    folder = RunFolder(path.parent.parent)
+    rows = Rows(
+        counts,
+        configs,
+        "train",
+        columns_text(config),
+        text,
+        "the parquet files say so in their schema's metadata (key `dpg`)",
     )
-    control_config = "\n- config_name: control\n  data_files: control.parquet" if control is not None else ""
-    inner = config.inner
-    write_text(
-        path,
-        f"""---
-pretty_name: dpg {config.task}
-tags:
-- synthetic
-- dataset-policy-gradient
-- model-steering
-size_categories:
-- {"n<1K" if config.dataset.examples < 1000 else "1K<n<10K" if config.dataset.examples < 10000 else "10K<n<1M"}
-configs:
-- config_name: default
-  data_files: train.parquet{control_config}
----
-
-# Synthetic data made by `dpg run {config.task}`
-
-**This text is synthetic and made to steer a model.** A generator was trained by Dataset Policy Gradient so that a model
-fine-tuned on these rows shows a chosen effect: {effect}. Do not mix it into the training data of a model that should not
-show it.
-
-## What is in it
-
-{config.dataset.examples:,} completions of at most {config.rollout.max_tokens} tokens, in `train.parquet`. Columns: `example_id`;
-`prompt`, what the generator was asked{_asked(config)}; `text`; `token_ids`, the completion; `input_ids`, what the
-target reads: `text` in its own tokens, a beginning-of-sequence token first where it has one; `reward`, the derivative of the
-target metric by the example's loss weight; `token_rewards`, the same by each token's of `token_ids`.
-{"`control.parquet` holds as many completions of the generator before its training, without rewards." if control is not None else ""}
-
-## Recipe
-
-Target: `{config.models.target}` ({config.models.target_init} weights, seed {config.models.init_seed}). Fine-tuning: {inner.optimizer},
-learning rate {inner.lr:g}, beta ({inner.beta1:g}, {inner.beta2:g}), eps {inner.eps:g}, eps_root {inner.eps_root:g}, weight decay
-{inner.weight_decay:g}, {config.inner_steps} optimiser step(s) over all rows, each used once. Generator: `{config.models.generator}`
-({config.models.generator_init} weights), {config.steps} outer steps of {config.examples_per_step} completions, credit `{config.credit.mode}`,
-seed {config.seed}.
-
-## Measured effect
-
-On the target after that recipe, by the engine that made the data (`dpg verify` checks it with stock PyTorch alone):
-
-| measure | this data | untrained generator's data |
-|---|---|---|
-{rows}
-""",
-    )
+    write_text(path, dataset_card(config, effect_of(config, folder.pattern, effect), Results(measures, control), rows))
