@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import presets, run, verify
+from dpg_cli.cli import presets, report, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("verify")(verify.verify)
+app.command("report")(report.report)
 app.add_typer(presets.app, name="presets")
 
 

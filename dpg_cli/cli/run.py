@@ -46,6 +46,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sizes and cost; run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
@@ -72,11 +75,14 @@ def run(
         "device": device,
         "metric": {k: v for k, v in metric.items() if v is not None},
     }
+    from dpg_cli.runs.tracking import check_names
+
+    trackers = check_names(report_to or [])
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
     if dry_run:
         _dry_run(settings, as_json)
     else:
-        _run(settings, out, as_json)
+        _run(settings, out, as_json, trackers)
 
 
 def _origin(text: str) -> list[int]:
@@ -119,15 +125,16 @@ def _dry_run(config: Config, as_json: bool) -> None:
     typer.echo(cost.as_text())
 
 
-def _run(config: Config, out: Path | None, as_json: bool) -> None:
+def _run(config: Config, out: Path | None, as_json: bool, report_to: list[str]) -> None:
     """Run, with a display on stderr and the outcome on stdout."""
     from dpg_cli.cli.display import RunDisplay
     from dpg_cli.runs.execute import execute
     from dpg_cli.runs.folder import RunFolder
+    from dpg_cli.runs.tracking import Trackers
 
     folder = RunFolder.free(out or _free_folder(config))
     try:
-        with RunDisplay(config, folder.path) as display:
+        with RunDisplay(config, folder.path) as display, Trackers(report_to, display.stage) as trackers:
             outcome = execute(
                 config,
                 folder,
@@ -135,6 +142,7 @@ def _run(config: Config, out: Path | None, as_json: bool) -> None:
                 on_stage=display.stage,
                 on_built=display.built,
                 command=sys.argv,
+                trackers=trackers,
             )
     except KeyboardInterrupt:
         done = len(folder.read_metrics())

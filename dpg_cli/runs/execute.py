@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,13 +13,17 @@ from torch import nn
 
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
+from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
+from dpg_cli.report import write_report
 from dpg_cli.runs.build import Built, build
 from dpg_cli.runs.dataset import Synthetic, draw, measure, write_card, write_parquet
+from dpg_cli.runs.fluency import fluency
 from dpg_cli.runs.folder import RunFolder, environment, peak_memory_mb, replacing, write_json
+from dpg_cli.runs.tracking import Trackers
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def execute(
     on_stage: Callable[[str], None] = lambda stage: None,
     on_built: Callable[[Built], None] = lambda built: None,
     command: list[str] | None = None,
+    trackers: Trackers | None = None,
 ) -> Outcome:
     """Run DPG and write every artefact of DESIGN §6.
 
@@ -57,6 +62,7 @@ def execute(
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
         command: the command line, for `run.json`.
+        trackers: told of every outer step and of the outcome; opened here, closed by the caller.
 
     Raises:
         DpgError: for bad settings, or a training that became degenerate.
@@ -71,10 +77,17 @@ def execute(
     if isinstance(built.players.metric, PatternMetric):
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)
     info = environment(config, str(built.device), command or [])
+    info["effect"] = built.players.metric.describe()
     write_json(folder.info, info)
 
+    trackers = trackers or Trackers([])
+    trackers.open(folder.path, config.model_dump(mode="json"))
+
     def log(report: StepReport) -> None:
+        fluent = fluency(config, report.rollout, built.players.generator.tokenizer)
+        report = replace(report, numbers={**report.numbers, **fluent})
         folder.append_metrics(report.numbers)
+        trackers.log(report.numbers)
         on_step(report)
 
     on_stage("training the generator")
@@ -101,6 +114,11 @@ def execute(
         "control": outcome.control,
     }
     write_json(folder.info, info)
+    trackers.result(outcome.measures, outcome.control)
+    try:
+        write_report(folder)
+    except (OSError, UsageError) as error:  # everything else of the run is safe on disk
+        on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
     return outcome
 
 
