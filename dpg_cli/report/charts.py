@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
+
+from dpg_cli.report.text import visible
 
 WIDTH, HEIGHT = 380, 210
 RIGHT, TOP, BOTTOM = 12, 12, 34
@@ -74,11 +77,11 @@ class Chart:
         return draw(self)
 
 
-def short(value: float) -> str:
-    """A number in at most four significant digits, with a true minus sign."""
+def short(value: float, digits: int = 4) -> str:
+    """A number in at most so many significant digits, with a true minus sign."""
     if value == 0:
         return "0"
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:,.{digits}g}"
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-").replace("-", "\u2212")
 
 
@@ -96,7 +99,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 def tick_labels(values: Sequence[float]) -> list[str]:
     """The ticks of one axis with as many digits as tell them apart."""
     largest = max(abs(value) for value in values)
-    step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=largest) or 1.0
+    step = min((b - a for a, b in pairwise(values)), default=largest) or 1.0
     place = math.floor(math.log10(step) + 1e-9)
     labels = []
     for value in values:
@@ -154,8 +157,8 @@ def draw(chart: Chart) -> Markup:
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{chart.ident}-t {chart.ident}-d">',
-        f'<title id="{chart.ident}-t">{escape(chart.title)}</title>',
-        f'<desc id="{chart.ident}-d">{escape(chart.summary)}</desc>',
+        f'<title id="{chart.ident}-t">{escape(visible(chart.title))}</title>',
+        f'<desc id="{chart.ident}-d">{escape(visible(chart.summary))}</desc>',
     ]
     for value, label in zip(heights, labels, strict=True):
         y = down(value)

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import shlex
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,17 @@ from dpg_cli.report.charts import short
 from dpg_cli.report.curves import curves, table
 from dpg_cli.report.gather import Facts
 from dpg_cli.report.samples import SHADES, Row, Sample
+from dpg_cli.report.text import visible
 
 _HERE = Path(__file__).parent
 PER_PAGE = 10  # examples
-_KEPT = "\n\t"
-_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_NAMES = {
+    "phi": "\u03a6",
+    "hits": "share that is what was asked for",
+    "well_formed": "of these, well-formed sentences",
+    "payload": "read back by zxing-cpp",
+    "steps": "optimiser steps",
+}
 
 
 def render_page(facts: Facts) -> str:
@@ -42,6 +47,7 @@ def render_page(facts: Facts) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
+    environment.filters["moment"] = lambda text: text.replace("T", " ").replace("+00:00", " UTC")
     environment.filters["short"] = lambda value: short(value) if isinstance(value, int | float) else str(value)
     control = facts.info.get("control")
     charts = curves(facts.rows, control if isinstance(control, dict) else {})
@@ -79,15 +85,6 @@ def policy(style: str, script: str) -> str:
     )
 
 
-def visible(text: str) -> str:
-    """Text without characters that steer a terminal, the direction of writing, or are none: each becomes U+FFFD."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        "\ufffd" if c not in _KEPT and (unicodedata.category(c) in ("Cc", "Cs", "Cn") or c in _BIDI) else c for c in text
-    )
-
-
 def embedded(sample: Sample | None) -> str:
     """The sample as JSON that is safe within a script element: ASCII alone, without <, > and &."""
 
@@ -121,20 +118,22 @@ def state(facts: Facts) -> dict[str, str]:
     verdict = facts.verdict
     if verdict is None:
         text = (
-            "The figures below are the engine's own. To confirm them by stock PyTorch alone, and against the untrained "
-            f"generator's data: dpg verify {run}"
+            "The figures below are the engine's own. That command confirms or refutes them by stock PyTorch alone, with the "
+            "untrained generator's data as control."
         )
         return {"kind": "open", "title": f"Not verified yet: dpg verify {run}", "text": text}
     if not verdict.current:
         text = f"The dataset has changed since it was verified ({verdict.when}). Verify it again: dpg verify {run}"
         return {"kind": "open", "title": "Not verified: the verdict is of another dataset", "text": text}
     if verdict.verified:
-        text = "The dataset shows the effect by means independent of the engine; the untrained generator's data does not."
+        text = (
+            "The dataset shows the effect by means independent of the engine; the untrained generator's data does not."
+        )
         return {"kind": "good", "title": "Verified", "text": text}
     return {"kind": "bad", "title": "Not verified", "text": verdict.reason + "."}
 
 
-def comparison(data: Any, control: Any, before: Any = None) -> list[list[str]]:
+def comparison(data: Any, control: Any) -> list[list[str]]:
     """Rows of (measure, this data, untrained generator's data) from two flat mappings of numbers or texts."""
     if not isinstance(data, Mapping):
         return []
@@ -186,7 +185,12 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
 def repeat(facts: Facts) -> list[tuple[str, str]]:
     """Commands, as (what for, command)."""
     run = shlex.quote(facts.path)
-    lines = [("Run it again with the same settings", f"dpg run --config {shlex.quote(facts.path + '/config.toml')} --out again")]
+    lines = [
+        (
+            "Run it again with the same settings",
+            f"dpg run --config {shlex.quote(facts.path + '/config.toml')} --out again",
+        )
+    ]
     if facts.finished:
         lines.append(("Check the effect by stock PyTorch", f"dpg verify {run}"))
     lines.append(("Write this page anew", f"dpg report {run}"))
@@ -206,7 +210,7 @@ def legend(sample: Sample) -> list[tuple[str, str]]:
             edge = short(float(f"{(SHADES - 0.5) * step:.2g}"))
             text = f"\u2265 {edge}" if number > 0 else f"\u2264 \u2212{edge}"
         else:
-            text = f"about {short(float(f'{number * step:.2g}'))}"
+            text = short(float(f"{number * step:.2g}"))
         rows.append((shade_class(number), text))
     return rows
 
@@ -217,7 +221,7 @@ def shade_class(number: int) -> str:
 
 
 def _measure_name(name: str) -> str:
-    return "\u03a6" if name == "phi" else name.replace("_", " ")
+    return _NAMES.get(name, name.replace("_", " "))
 
 
 def _cell(value: Any) -> str:
@@ -227,7 +231,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return short(value) if abs(value) < 1e300 else str(value)
+        return short(value, 6) if abs(value) < 1e300 else str(value)
     return str(value)
 
 

@@ -95,7 +95,9 @@ def read_sample(folder: RunFolder) -> Sample | None:
             count = pq.ParquetFile(control_path).metadata.num_rows
             control = list(take(control_path, list(range(min(count, CONTROL)))).values())
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise UsageError(f"{path.parent} holds no readable dataset: {str(error)[:200]}.", "Run `dpg run` again.") from None
+        raise UsageError(
+            f"{path.parent} holds no readable dataset: {str(error)[:200]}.", "Run `dpg run` again."
+        ) from None
     decode = _decoder(folder)
     rank = {place: number for number, place in enumerate(ranked, 1)}
     plain = [(records[place], rank[place], pieces(records[place], decode)) for place in chosen]
@@ -173,7 +175,9 @@ def pieces(record: dict[str, Any], decode: Any) -> list[Piece]:
         return [Piece(_text(record.get("text")), None)]
     found = []
     size = 0
-    begin = settled = 0  # tokens before `settled` are in a piece; decoding starts at `begin`, for the context of the first
+    # Tokens before `settled` are in a piece; decoding starts one piece earlier, at `begin`: what a token says may depend
+    # on the one before it.
+    begin = settled = 0
     ids, rewards = ids[:MOST_TOKENS], rewards[:MOST_TOKENS]
     for end in range(1, len(ids) + 1):
         before, after = decode(ids[begin:settled]), decode(ids[begin:end])

@@ -26,7 +26,9 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("reward", pa.float64()),
         ("token_rewards", pa.list_(pa.float32())),
-    ]
+    ],
+    # A mark that stays when the file is parted from its card.
+    metadata={"dpg": '{"synthetic": true, "purpose": "steering a model", "card": "README.md"}'},
 )
 
 
