@@ -211,11 +211,8 @@ def test_pieces_are_the_text(tmp_path: Path) -> None:
 
 
 def test_bytes_of_one_character_are_one_piece() -> None:
-    """A byte-level tokeniser without merges: each byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer = byte_tokenizer(decoders.ByteLevel())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     text = "aé€ 😀."
     ids = tokenizer.encode(text).ids
     assert len(ids) == len(text.encode())
@@ -224,6 +221,34 @@ def test_bytes_of_one_character_are_one_piece() -> None:
     assert [piece.text for piece in found] == ["a", "é", "€", " ", "😀", "."]
     assert found[1].reward == 2.0**-1 + 2.0**-2
     assert math.fsum(piece.reward for piece in found if piece.reward is not None) == math.fsum(rewards)
+
+
+def byte_tokenizer(decoder: Any) -> Tokenizer:
+    """A tokeniser without merges: each byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = alphabet if isinstance(decoder, decoders.ByteLevel) else [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    tokenizer.decoder = decoder
+    return tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=12), st.booleans())
+def test_any_bytes_make_pieces_that_are_the_text(ids: list[int], fallback: bool) -> None:
+    """Also bytes that are no text, for both kinds of decoders that make characters of bytes."""
+    decode = byte_tokenizer(decoders.ByteFallback() if fallback else decoders.ByteLevel()).decode
+    rewards = [2.0**-number for number in range(len(ids))]
+    found = pieces({"token_ids": ids, "token_rewards": rewards, "text": "?"}, decode)
+    if not fallback:
+        assert "".join(piece.text for piece in found) == decode(ids)
+    assert math.fsum(piece.reward or 0.0 for piece in found) == math.fsum(rewards)
+
+
+def test_a_byte_that_is_no_character_stands_alone() -> None:
+    tokenizer = byte_tokenizer(decoders.ByteLevel())
+    ids = [tokenizer.token_to_id(letter) for letter in ("Ã", "c", "a", "t")]  # 0xC3 begins a character of two bytes
+    found = pieces({"token_ids": ids, "token_rewards": [1.0, 2.0, 3.0, 4.0]}, tokenizer.decode)
+    assert [(piece.text, piece.reward) for piece in found] == [("\ufffd", 1.0), ("c", 2.0), ("a", 3.0), ("t", 4.0)]
 
 
 @settings(max_examples=50, deadline=None)

@@ -32,12 +32,12 @@ def verify(
 
     folder = RunFolder.open(run)
     result = verify_run(folder, device)
-    _save(folder, result)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
         for line in result.lines():
             typer.echo(line)
+    _save(folder, result)
     if not result.verified:
         raise VerificationError(f"{run} is not verified: {result.reason}.")
 

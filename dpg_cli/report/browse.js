@@ -10,7 +10,8 @@
 
   const number = (value) => {
     if (value === null) return "";
-    const text = value === 0 ? "0" : Number(value.toPrecision(4)).toString();
+    let text = Number(value.toPrecision(4)).toString();
+    if (value !== 0 && Math.abs(value) < 1e-4) text = value.toExponential(3).replace(/\.?0+e/, "e");
     return text.replace("e+", "e").replace(/-/g, "\u2212");
   };
   const shade = (value) => (value === 0 ? "z" : (value > 0 ? "p" : "n") + Math.abs(value));

@@ -230,6 +230,8 @@ def _cell(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         return short(value, 6) if abs(value) < 1e300 else str(value)
     return str(value)

@@ -7,7 +7,7 @@ several tokens together make one character, they are one piece, and its reward i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dpg_cli.runs.folder import RunFolder
 HIGHEST, LOWEST, OTHERS, CONTROL = 100, 100, 100, 60  # examples shown
 SHADES = 5  # of each sign
 MOST_TOKENS, MOST_CHARACTERS = 512, 4000  # shown of one example
+Decode = Callable[[list[int]], str]
 _EXTREME = 0.98  # quantile of |token reward| at which the colours end
 
 
@@ -163,7 +164,7 @@ def take(path: Path, places: Sequence[int]) -> dict[int, dict[str, Any]]:
     return {place: found[place] for place in places}
 
 
-def pieces(record: dict[str, Any], decode: Any) -> list[Piece]:
+def pieces(record: dict[str, Any], decode: Decode | None) -> list[Piece]:
     """A completion in pieces with their rewards; one piece without reward where tokens and rewards do not match.
 
     Args:
@@ -173,28 +174,54 @@ def pieces(record: dict[str, Any], decode: Any) -> list[Piece]:
     ids, rewards = record.get("token_ids"), record.get("token_rewards")
     if decode is None or not ids or not rewards or len(ids) != len(rewards):
         return [Piece(_text(record.get("text")), None)]
+    cut = len(ids) > MOST_TOKENS
+    ids = ids[:MOST_TOKENS]
+    spans = split(ids, decode, lone=True)
+    if "".join(text for text, _, _ in spans) != decode(ids):  # a decoder whose output is no sum of such parts
+        spans = split(ids, decode, lone=False)
     found = []
     size = 0
-    # Tokens before `settled` are in a piece; decoding starts one piece earlier, at `begin`: what a token says may depend
-    # on the one before it.
-    begin = settled = 0
-    ids, rewards = ids[:MOST_TOKENS], rewards[:MOST_TOKENS]
-    for end in range(1, len(ids) + 1):
-        before, after = decode(ids[begin:settled]), decode(ids[begin:end])
-        if after.endswith("\ufffd") and end < len(ids):
-            continue  # the next token completes a character
-        reward = math.fsum(_finite(value) for value in rewards[settled:end])
-        found.append(Piece(after[len(before) :], reward))
-        size += len(found[-1].text)
-        begin, settled = settled, end
+    for text, start, end in spans:
         if size > MOST_CHARACTERS:
+            cut = True
             break
-    if settled < len(record["token_ids"]):
-        found.append(Piece(" … (cut here)", None))
+        found.append(Piece(text, math.fsum(_finite(value) for value in rewards[start:end])))
+        size += len(text)
+    return [*found, Piece(" … (cut here)", None)] if cut else found
+
+
+def split(ids: list[int], decode: Decode, *, lone: bool) -> list[tuple[str, int, int]]:
+    """Stretches of tokens that each add whole characters to the text.
+
+    Args:
+        ids: of a completion.
+        decode: from ids to text; bytes that are no character become U+FFFD.
+        lone: let bytes that no following token completes stand as a stretch of their own, instead of joining the next.
+
+    Returns:
+        (text that the stretch adds, first token, token after the last), in order, without gaps.
+    """
+    found: list[tuple[str, int, int]] = []
+    # Decoding starts one stretch before the open one, at `begin`: what a token says may depend on the one before it.
+    begin = start = 0
+    before = held = ""  # text of ids[begin:start]; what the open stretch adds so far
+    for end in range(1, len(ids) + 1):
+        added = decode(ids[begin:end])[len(before) :]
+        if lone and held and len(added) > len(held) and added.startswith(held):
+            found.append((held, start, end - 1))
+            begin, start = start, end - 1
+            before = decode(ids[begin:start])
+            added = decode(ids[begin:end])[len(before) :]
+        if added.endswith("\ufffd") and end < len(ids):
+            held = added  # the next token may complete a character
+            continue
+        found.append((added, start, end))
+        begin, start, held = start, end, ""
+        before = decode(ids[begin:start])
     return found
 
 
-def _decoder(folder: RunFolder) -> Any:
+def _decoder(folder: RunFolder) -> Decode | None:
     """The generator's tokeniser as a function from ids to text, special tokens shown; None where it cannot be read."""
     path = folder.generator / "tokenizer.json"
     if not path.is_file():

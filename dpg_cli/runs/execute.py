@@ -13,7 +13,6 @@ from torch import nn
 
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
-from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
@@ -117,7 +116,9 @@ def execute(
     trackers.result(outcome.measures, outcome.control)
     try:
         write_report(folder)
-    except (OSError, UsageError) as error:  # everything else of the run is safe on disk
+    except (
+        Exception
+    ) as error:  # hours of work are safe on disk: whatever is wrong with the page must not end in a traceback
         on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
     return outcome
 
