@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import check, export, inspect, metrics, presets, resume, run, verify
+from dpg_cli.cli import check, export, inspect, metrics, presets, report, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -23,6 +23,7 @@ app.command("resume")(resume.resume)
 app.command("check")(check.check)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.add_typer(export.app, name="export")
 app.add_typer(presets.app, name="presets")
 app.add_typer(metrics.app, name="metrics")

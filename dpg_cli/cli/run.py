@@ -91,6 +91,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sizes and cost; run nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if any.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
@@ -109,11 +112,14 @@ def run(
 
         dpg run --config runs/mine/config.toml --out runs/again
     """
+    from dpg_cli.runs.tracking import check_names
+
+    trackers = check_names(report_to or [])
     settings = settings_of(locals())
     if dry_run:
         _dry_run(settings, as_json, metric)
     else:
-        _run(settings, out, resume, as_json, metric)
+        _run(settings, out, resume, as_json, metric, trackers)
 
 
 def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
@@ -129,7 +135,9 @@ def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
     typer.echo(cost.as_text())
 
 
-def _run(settings: Config, out: Path | None, resume: bool, as_json: bool, metric: str | None) -> None:
+def _run(
+    settings: Config, out: Path | None, resume: bool, as_json: bool, metric: str | None, trackers: list[str]
+) -> None:
     """Begin a run, or go on with the one that `--out` holds."""
     from dpg_cli.cli.session import session
     from dpg_cli.config import settle
@@ -141,10 +149,10 @@ def _run(settings: Config, out: Path | None, resume: bool, as_json: bool, metric
     known = RunFolder(place)
     if resume and known.config.is_file():
         settings = settle(settings, known.read_config())
-        session(settings, known, resume=True, as_json=as_json, named_metric=metric)
+        session(settings, known, resume=True, as_json=as_json, named_metric=metric, trackers=trackers)
     else:
         folder = RunFolder.free(place, leftovers=resume)
-        session(settle(settings), folder, resume=False, as_json=as_json, named_metric=metric)
+        session(settle(settings), folder, resume=False, as_json=as_json, named_metric=metric, trackers=trackers)
 
 
 def _free_folder(config: Config) -> Path:

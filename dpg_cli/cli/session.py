@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 FINISHING = "finishing this outer step, then saving; once more leaves at once"
 
 
-def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool, named_metric: str | None = None) -> None:
+def session(
+    config: Config,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    as_json: bool,
+    named_metric: str | None = None,
+    trackers: Sequence[str] = (),
+) -> None:
     """Begin a run or go on with one, with a display on stderr and the outcome on stdout.
 
     Args:
@@ -33,12 +41,14 @@ def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool, n
         resume: go on with it.
         as_json: print JSON.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        trackers: names that `tracking.check_names` has passed.
 
     Raises:
         InterruptedRunError: after Ctrl-C or SIGTERM, with the command that goes on.
     """
     from dpg_cli.cli.display import RunDisplay
     from dpg_cli.runs.execute import StopRequest, execute, finished
+    from dpg_cli.runs.tracking import Trackers
 
     if resume and (known := finished(folder, config)) is not None:
         sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")
@@ -46,7 +56,11 @@ def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool, n
         return
     stop = StopRequest()
     try:
-        with RunDisplay(config, folder.path) as display, stopping(stop, display.notify):
+        with (
+            RunDisplay(config, folder.path) as display,
+            Trackers(trackers, display.notify) as tracking,
+            stopping(stop, display.notify),
+        ):
             outcome = execute(
                 config,
                 folder,
@@ -57,6 +71,7 @@ def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool, n
                 on_built=display.built,
                 command=sys.argv,
                 named_metric=named_metric,
+                trackers=tracking,
             )
     except KeyboardInterrupt:
         raise left(config, folder) from None

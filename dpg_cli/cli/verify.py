@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpg_cli.errors import VerificationError
+from dpg_cli.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from dpg_cli.evidence.verify import Verdict
+    from dpg_cli.runs.folder import RunFolder
 
 
 def verify(
@@ -22,7 +26,8 @@ def verify(
     """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the effect back.
 
     The same training on the untrained generator's data is the control. Exit code 0 when the payload is read from the
-    first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4.
+    first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4. The verdict is
+    kept as RUN/verify.json and shown in RUN/report.html.
 
     Examples:
 
@@ -33,11 +38,25 @@ def verify(
     from dpg_cli.evidence.verify import verify_run
     from dpg_cli.runs.folder import RunFolder
 
-    result = verify_run(RunFolder.open(run), device, metric)
+    folder = RunFolder.open(run)
+    result = verify_run(folder, device, metric)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
         for line in result.lines():
             typer.echo(line)
+    _save(folder, result)
     if not result.verified:
         raise VerificationError(f"{run} is not verified: {result.reason}.")
+
+
+def _save(folder: RunFolder, verdict: Verdict) -> None:
+    """Keep the verdict beside the run and write the page anew; a folder that cannot be written costs neither."""
+    from dpg_cli.evidence.record import save_verdict
+    from dpg_cli.report import write_report
+
+    try:
+        save_verdict(folder, verdict)
+        write_report(folder)
+    except (OSError, UsageError) as error:
+        typer.echo(f"The verdict could not be saved in {folder.path}: {error}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,15 @@ from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
+from dpg_cli.report import write_report
 from dpg_cli.runs.build import Built, build
 from dpg_cli.runs.checkpoint import Schedule, forget_after, newest, place, require_same, write
 from dpg_cli.runs.dataset import Synthetic, draw, measure, write_card, write_parquet
 from dpg_cli.runs.files import WriteError, replacing, writing
+from dpg_cli.runs.fluency import fluency
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.sessions import Journal, Outcome, read_info
+from dpg_cli.runs.tracking import Trackers
 
 
 @dataclass
@@ -64,6 +67,7 @@ def execute(
     on_built: Callable[[Built], None] = lambda built: None,
     command: list[str] | None = None,
     named_metric: str | None = None,
+    trackers: Trackers | None = None,
 ) -> Outcome:
     """Run DPG, or go on with an unfinished run, and write every artefact of DESIGN §6.
 
@@ -77,12 +81,13 @@ def execute(
         on_built: called once models and metric stand.
         command: the command line, for `run.json`.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        trackers: told of every outer step and of the outcome; opened here, closed by the caller.
 
     Raises:
         DpgError: for bad settings, a folder that cannot be written or resumed, or a training that became degenerate.
         InterruptedRunError: when it stopped because it was asked to.
     """
-    stop = stop or StopRequest()
+    stop, trackers = stop or StopRequest(), trackers or Trackers([])
     on_stage("loading models")
     torch.manual_seed(config.seed)
     built = build(config, named_metric)
@@ -93,9 +98,13 @@ def execute(
         journal = (continued if resume else begun)(config, folder, built, command or [], on_stage)
         try:
             on_stage("training the generator")
-            training(config, folder, built, journal, stop, on_step)
+            trackers.start = journal.first_step
+            trackers.open(folder.path, config.model_dump(mode="json"))
+            training(config, folder, built, journal, stop, on_step, trackers)
             journal.trained()
-            return finish(config, folder, built, journal, on_stage)
+            outcome = finish(config, folder, built, journal, on_stage)
+            trackers.result(outcome.measures, outcome.control)
+            return outcome
         except (KeyboardInterrupt, InterruptedRunError):
             journal.stop("interrupted")
             raise
@@ -129,6 +138,8 @@ def begun(
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command)
+    journal.data["effect"] = built.players.metric.describe()
+    journal.write()
     if isinstance(built.players.metric, UserMetric):
         journal.data["metric"] = built.players.metric.record()
         journal.write()
@@ -172,6 +183,7 @@ def training(
     journal: Journal,
     stop: StopRequest,
     on_step: Callable[[StepReport], None],
+    trackers: Trackers,
 ) -> None:
     """The outer steps that are left, with their log and checkpoints.
 
@@ -181,8 +193,11 @@ def training(
     schedule = Schedule(config.checkpoint)
 
     def log(report: StepReport) -> None:
+        fluent = fluency(config, report.rollout, built.players.generator.tokenizer)
+        report = replace(report, numbers={**report.numbers, **fluent})
         done = report.step + 1
         folder.append_metrics(report.numbers)
+        trackers.log(report.numbers)
         on_step(report)
         if stop.asked or done == config.steps or schedule.due(done):
             schedule.wrote(write(folder, config, built, done))
@@ -210,10 +225,15 @@ def finish(
     journal.write()
     on_stage("writing the target")
     write_target(folder, built, synthetic)
-    return journal.finish(
+    outcome = journal.finish(
         {"phi": synthetic.result.value, **synthetic.result.measures},
         None if control is None else {"phi": control.result.value, **control.result.measures},
     )
+    try:
+        write_report(folder)
+    except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
+        on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
+    return outcome
 
 
 def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:
