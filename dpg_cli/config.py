@@ -127,6 +127,11 @@ class InnerConfig(Section):
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
+    states: Literal["keep", "sqrt", "offload"] = Field(
+        "keep",
+        description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
+        "(from an accelerator: in host memory); changes nothing but memory and time",
+    )
 
 
 class CreditConfig(Section):

@@ -207,48 +207,55 @@ class LayerNorm(torch.autograd.Function):
         return x_bar, x_t_bar, weight_bar, weight_t_bar, bias_bar, bias_t_bar, None
 
 
-def _blockwise(function: Any, out: Tensor, *inputs: Tensor) -> Tensor:
-    """out = function(*inputs), elementwise, in blocks that fit a core's cache on the CPU; contiguous tensors."""
-    if out.device.type != "cpu":
-        return out.copy_(function(*inputs))
-    size = 32768 * torch.get_num_threads()
-    for parts in zip(*(tensor.view(-1).split(size) for tensor in (out, *inputs)), strict=True):
-        parts[0].copy_(function(*parts[1:]))
-    return out
+def _blockwise(function: Any, outs: tuple[Tensor, ...], ins: tuple[Tensor, ...]) -> None:
+    """outs = function(*ins), elementwise on contiguous tensors, in blocks that fit a core's cache on the CPU."""
+    first = outs[0]
+    size = 32768 * torch.get_num_threads() if first.device.type == "cpu" else max(1, first.numel())
+    blocks = zip(*(tensor.view(-1).split(size) for tensor in (*outs, *ins)), strict=True)
+    for parts in blocks:
+        function(*parts)
 
 
-def _tanh_gelu_curve(x: Tensor) -> Tensor:
-    """f'' of f = x (1 + t) / 2, t = tanh(c x + c a x³): (1 - t²) (c + 6 c a x² - x t (c + 3 c a x²)²)."""
+def _gelu_tanh_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f' and f'' of f = x (1 + t) / 2 with t = tanh(c x + c a x³).
+
+    With n = c + 3 c a x² and s = 1 - t²: f' = (1 + t + x s n) / 2, f'' = s (c + 6 c a x² - x t n²).
+    """
     c, ca = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
     square = x * x
     t = torch.mul(square, ca).add_(c).mul_(x).tanh_()
-    slope = torch.mul(square, 3 * ca).add_(c)
-    inner = torch.mul(x, t).mul_(slope).mul_(slope)
-    inner = square.mul_(6 * ca).add_(c).sub_(inner)
-    return inner.sub_(t.mul_(t).mul_(inner))
+    s = torch.rsub(t * t, 1)
+    n = torch.mul(square, 3 * ca).add_(c)
+    xn = n * x
+    second = square.mul_(6 * ca).add_(c).sub_(n.mul_(xn).mul_(t)).mul_(s)
+    return s.mul_(xn).add_(t).add_(1).mul_(0.5), second
 
 
-def _gelu_curve(x: Tensor) -> Tensor:
-    """f'' of f = x Φ(x): φ(x) (2 - x²)."""
+def _gelu_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f' and f'' of f = x Φ(x): Φ + x φ and φ (2 - x²)."""
     square = x * x
-    return torch.exp(square * -0.5).mul_(1 / math.sqrt(2 * math.pi)).mul_(square.neg_().add_(2))
+    density = torch.exp(square * -0.5).mul_(1 / math.sqrt(2 * math.pi))
+    first = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5).addcmul_(x, density)
+    return first, density.mul_(square.neg_().add_(2))
 
 
-def _silu_curve(x: Tensor) -> Tensor:
-    """f'' of f = x s, s = sigmoid(x): s (1 - s) (2 + x (1 - 2 s))."""
+def _silu_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f' and f'' of f = x s, s = sigmoid(x): s + x r and r (2 + x (1 - 2 s)), with r = s (1 - s)."""
     s = torch.sigmoid(x)
-    return torch.addcmul(s, s, s, value=-1).mul_(torch.mul(s, -2).add_(1).mul_(x).add_(2))
+    r = torch.addcmul(s, s, s, value=-1)
+    second = torch.mul(s, -2).add_(1).mul_(x).add_(2).mul_(r)
+    return s.addcmul_(x, r), second
 
 
 _aten = torch.ops.aten
-ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {  # f, f' times a vector (PyTorch's own fused kernels), f''
-    "gelu": (_aten.gelu, _aten.gelu_backward, _gelu_curve),
+ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {  # f and f' times a vector (PyTorch's fused kernels); f' with f''
+    "gelu": (_aten.gelu, _aten.gelu_backward, _gelu_slopes),
     "gelu_tanh": (
         lambda x: _aten.gelu(x, approximate="tanh"),
         lambda vector, x: _aten.gelu_backward(vector, x, approximate="tanh"),
-        _tanh_gelu_curve,
+        _gelu_tanh_slopes,
     ),
-    "silu": (_aten.silu, _aten.silu_backward, _silu_curve),
+    "silu": (_aten.silu, _aten.silu_backward, _silu_slopes),
 }
 
 
@@ -267,11 +274,13 @@ class Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_bar: Tensor, out_t_bar: Tensor) -> tuple[MaybeTensor, ...]:
         x, x_t = ctx.saved_tensors
-        _, slope_times, curve = ACTIVATIONS[ctx.name]
-        out_bar, out_t_bar = out_bar.contiguous(), out_t_bar.contiguous()
+        slopes = ACTIVATIONS[ctx.name][2]
 
-        def reverse(x: Tensor, x_t: Tensor, bar: Tensor, bar_t: Tensor) -> Tensor:
-            return slope_times(bar, x).add_(curve(x).mul_(x_t).mul_(bar_t))
+        def reverse(x_bar: Tensor, x_t_bar: Tensor, x: Tensor, x_t: Tensor, bar: Tensor, bar_t: Tensor) -> None:
+            first, second = slopes(x)
+            torch.mul(first, bar, out=x_bar).addcmul_(second.mul_(x_t), bar_t)
+            torch.mul(first, bar_t, out=x_t_bar)
 
-        x_bar = _blockwise(reverse, torch.empty_like(x), x, x_t, out_bar, out_t_bar)
-        return x_bar, slope_times(out_t_bar, x), None
+        outs = torch.empty_like(x), torch.empty_like(x)
+        _blockwise(reverse, outs, (x, x_t, out_bar.contiguous(), out_t_bar.contiguous()))
+        return *outs, None

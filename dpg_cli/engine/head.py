@@ -83,7 +83,7 @@ def find_head(model: nn.Module) -> Head | None:
     hidden = getattr(seen[0], "last_hidden_state", None) if len(seen) == 1 else None
     if hidden is None or hidden.shape[:-1] != ids.shape:
         return None
-    expected = layer(hidden)
+    expected = nn.functional.linear(hidden, layer.weight, layer.bias)  # not layer(hidden): it may have hooks
     if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-5, atol=1e-6):
         return None
     bias = None if layer.bias is None else names.get(id(layer.bias))

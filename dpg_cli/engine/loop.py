@@ -20,6 +20,7 @@ from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
 from dpg_cli.engine.records import Examples, Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
+from dpg_cli.engine.tape import Memory
 from dpg_cli.engine.target import Normalization
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -40,6 +41,7 @@ class LoopSpec:
         credit: "sequence", "token" or "expected".
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
+        states: which states of the inner run are kept, see `tape.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
     """
 
@@ -55,6 +57,7 @@ class LoopSpec:
     lr: float
     lr_warmup: int = 0
     lr_decay: float = 0.0
+    states: Memory = "keep"
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -124,6 +127,7 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
         normalization=spec.normalization,
         micro_batch=spec.micro_batch,
         labels=spec.credit == "expected",
+        memory=spec.states,
     )
     return result, *align_shared(result, rollout, offset)
 

@@ -129,4 +129,5 @@ def loop_spec(config: Config, generator: LanguageModel) -> LoopSpec:
         lr=policy.lr,
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
+        states=inner.states,
     )
