@@ -48,7 +48,9 @@ def metagradient(model: GPT2LMHeadModel, train: Dataset, query: Dataset, spec: d
         state = trainer.train(state, stream, inplace=True, save_dir=folder, save_mode="all")
         gradients, _ = compute_query_gradients(state, model, DataStream(query, len(query), device="cpu"))
         stream.requires_grad = True
-        zeros = [torch.zeros_like(t) for t in tree_iter(state.opt_state) if torch.is_tensor(t) and t.is_floating_point()]
+        zeros = [
+            torch.zeros_like(t) for t in tree_iter(state.opt_state) if torch.is_tensor(t) and t.is_floating_point()
+        ]
         start = BackwardState(gradients, zeros, torch.zeros_like(stream.weights))
         return trainer.backward(folder, stream, start, state, inplace=True, save_mode="all").weight_grads.detach()
     finally:

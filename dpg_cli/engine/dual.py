@@ -91,7 +91,10 @@ def dual_layer_norm(
 
 def _parts(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Primal and tangent of a dual tensor, None where it has none."""
-    return (None, None) if tensor is None else tuple(forward_ad.unpack_dual(tensor))  # type: ignore[return-value]
+    if tensor is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    return primal, tangent
 
 
 def dual_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,8 +108,9 @@ def dual_addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alph
     """`torch.addmm` on dual tensors: what GPT-2 calls its linear maps by."""
     if beta != 1 or alpha != 1 or bias.ndim != 1:
         return torch.addmm(bias, x, weight, beta=beta, alpha=alpha)
-    (w, w_t), (b, b_t) = _parts(weight), _parts(bias)
-    return forward_ad.make_dual(*Linear.apply(*_parts(x), w.mT, None if w_t is None else w_t.mT, b, b_t))
+    primal, tangent = forward_ad.unpack_dual(weight)
+    turned = primal.mT, None if tangent is None else tangent.mT
+    return forward_ad.make_dual(*Linear.apply(*_parts(x), *turned, *_parts(bias)))
 
 
 def dual_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -152,7 +156,7 @@ def fused_activations(model: nn.Module) -> Iterator[None]:
     """Within this context, activations that transformers spells out in eight elementwise calls are one fused call."""
     spelled = [module for module in model.modules() if type(module).__name__ == "NewGELUActivation"]
     for module in spelled:
-        module.forward = _fused_gelu  # type: ignore[method-assign]
+        module.forward = _fused_gelu
     try:
         yield
     finally:

@@ -44,7 +44,13 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_t: MaybeTensor, weight: Tensor, weight_t: MaybeTensor, bias: MaybeTensor, bias_t: MaybeTensor
+        ctx: Any,
+        x: Tensor,
+        x_t: MaybeTensor,
+        weight: Tensor,
+        weight_t: MaybeTensor,
+        bias: MaybeTensor,
+        bias_t: MaybeTensor,
     ) -> tuple[Tensor, Tensor]:
         shape = (*x.shape[:-1], weight.shape[0])
         flat, flat_t = _rows(x), None if x_t is None else _rows(x_t)
@@ -82,7 +88,9 @@ class Linear(torch.autograd.Function):
             x_t_bar = bar_t @ weight
         if need_weight:
             if weight.stride(-1) == 1 or weight.shape[-1] == 1:
-                weight_bar = _plus_product(_plus_product(None, None if bar is None else bar.mT, x), None if bar_t is None else bar_t.mT, x_t)
+                weight_bar = _plus_product(
+                    _plus_product(None, None if bar is None else bar.mT, x), None if bar_t is None else bar_t.mT, x_t
+                )
             else:  # W is a transposed view: make the adjoint in the layout of what it is a view of
                 weight_bar = _plus_product(_plus_product(None, x.mT, bar), None if x_t is None else x_t.mT, bar_t)
                 weight_bar = None if weight_bar is None else weight_bar.mT
@@ -137,7 +145,15 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, q_t: Tensor, k: Tensor, k_t: Tensor, v: Tensor, v_t: Tensor, bias: MaybeTensor, scale: float
+        ctx: Any,
+        q: Tensor,
+        q_t: Tensor,
+        k: Tensor,
+        k_t: Tensor,
+        v: Tensor,
+        v_t: Tensor,
+        bias: MaybeTensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         ctx.shape, ctx.scale = (q.shape, k.shape, v.shape), scale
         out_shape = (*q.shape[:-1], v.shape[-1])

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 CHUNK = 1 << 22  # logits at a time; 16 MB in float32, which still makes large matrix products
 
-_TOUCHED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_TOUCHED_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ def find_head(model: nn.Module) -> Head | None:
 
     What the attributes promise is tried on two tokens: logits that are scaled, capped or cut differ from the linear map.
     """
-    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    model_any: Any = model
+    layer = model_any.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    base: Any
     base, prefix = getattr(model, "base_model", None), getattr(model, "base_model_prefix", "")
     if type(layer) is not nn.Linear or base is None or base is model or getattr(model, prefix, None) is not base:
         return None

@@ -205,7 +205,9 @@ def metagradient(
         like = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
-        trace = inner_run(run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read)
+        trace = inner_run(
+            run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read
+        )
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         value, theta_bar = metric_gradient(run, trace.theta, metric)

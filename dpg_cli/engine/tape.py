@@ -129,7 +129,7 @@ class OffloadTape:
         if not self.on_disk:
             return vector.to("cpu")
         place = self.file.seek(0, 2)
-        view = memoryview(vector.contiguous().numpy()).cast("B")
+        view = memoryview(vector.contiguous().numpy()).cast("B")  # type: ignore[arg-type]
         while view:
             view = view[self.file.write(view) :]
         return place
@@ -142,7 +142,7 @@ class OffloadTape:
             return place.to(self.like.device)
         vector = torch.empty(self.size, dtype=self.like.dtype)
         self.file.seek(place)
-        view = memoryview(vector.numpy()).cast("B")
+        view = memoryview(vector.numpy()).cast("B")  # type: ignore[arg-type]
         while view:
             view = view[self.file.readinto(view) :]
         return vector

@@ -239,7 +239,9 @@ def dual_pass(
             bars = _plain_second_order(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp)
         else:
             bars, credit_M = _head_second_order(head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp)
-            tokens[rows, :width] = theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
+            tokens[rows, :width] = (
+                theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
+            )
         if bars is not None:
             _backward(list(zip((primal, tangent), bars, strict=True)), leaves)
     return DualResult(tokens, every, hvp)
