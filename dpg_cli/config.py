@@ -9,16 +9,21 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID, uuid4
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
 
 PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+FRESH = "fresh"  # in place of a UUID: a new one
+DEEPEST = 8  # levels of tables and lists in settings
+Index = Annotated[int, Field(ge=0, le=2**31)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class Section(BaseModel):
@@ -52,7 +57,7 @@ class PatternOptions(Section):
     version: Annotated[int, Field(ge=0, le=40)] = Field(0, description="QR version; 0 takes the smallest that fits")
     error_correction: Literal["L", "M", "Q", "H"] = "L"
     sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change")
-    origin: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+    origin: tuple[Index, Index] = Field(
         (0, 0),
         description="row (token id) and column (hidden dimension) of the patch's upper-left corner",
         strict=False,
@@ -79,15 +84,39 @@ class TextLossOptions(Section):
     language: Literal["", "en", "es", "de", "fr", "it"] = Field(
         "", description="held-out sentences of the embedded world"
     )
-    file: str = Field("", description="text file with a document a line")
+    file: str = Field(
+        "",
+        description="text, JSONL or parquet file, datasets folder or hub dataset, or lm-eval:TASK; with a language, "
+        "{language} in it stands for that, and verification looks for that language",
+    )
     text: str = Field("", description="one document")
+    uuid: str = Field("", description="one document that is this UUID; `fresh` draws a new one when a run begins")
     documents: PositiveInt = Field(256, description="documents taken from the language or file")
+
+    @field_validator("uuid")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        if value in ("", FRESH):
+            return value
+        try:
+            return str(UUID(value))
+        except ValueError:
+            raise ValueError(
+                f"{value[:60]!r} is no UUID; give 32 hexadecimal digits as 8-4-4-4-12, or leave it out for a fresh one"
+            ) from None
 
     @model_validator(mode="after")
     def _one_source(self) -> TextLossOptions:
-        if bool(self.language) + bool(self.file) + bool(self.text) != 1:
-            raise ValueError("give exactly one of language, file and text")
+        if bool(self.language or self.file) + bool(self.text) + bool(self.uuid) != 1:
+            raise ValueError("give exactly one of language (or file, or both), text and uuid")
+        if "{language}" in self.file and not self.language:
+            raise ValueError("file names {language}, and no language is given")
         return self
+
+    @property
+    def document(self) -> str:
+        """The one document of `text` or `uuid`, else empty."""
+        return self.text or self.uuid
 
 
 METRIC_NAMES = ("pattern", "norm", "text-loss")
@@ -98,9 +127,27 @@ class PromptsConfig(Section):
     """Where prompts come from and how many an outer step takes."""
 
     source: str = Field(
-        "tiny", description="`tiny`, `empty`, or a file with a prompt a line (.txt) or a `prompt` field (.jsonl)"
+        "tiny",
+        description="`tiny`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
     )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")
+    limit: Count = Field(
+        0, description="only the first so many prompts of a source; 0: all. Hub datasets are then streamed"
+    )
+    holdout: Count = Field(0, description="prompts at the end of a source, kept for evaluation alone")
+    max_tokens: Count = Field(0, description="prompts are cut after so many tokens of the generator; 0: never")
+    instruction: str = Field("", description="what the generator is asked, with {text} where the prompt goes")
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto", description="wrap prompts by the generator's chat template; auto: where it has one"
+    )
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if value and "{text}" not in value:
+            raise ValueError("has no {text} where the prompt goes")
+        return value
 
 
 class RolloutConfig(Section):
@@ -126,6 +173,9 @@ class InnerConfig(Section):
     momentum: Decay = Field(0.0, description="SGD only")
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
+    max_length: Count = Field(
+        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
+    )
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
     states: Literal["keep", "sqrt", "offload"] = Field(
         "keep",
@@ -156,7 +206,7 @@ class PolicyConfig(Section):
     epochs: PositiveInt = 1
     minibatch: PositiveInt = Field(256, description="completions a policy-optimiser step")
     kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="outer steps of linear learning-rate warm-up")
+    warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
 
 
@@ -165,6 +215,17 @@ class DatasetConfig(Section):
 
     examples: PositiveInt = 1024
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
+
+
+class CheckpointConfig(Section):
+    """When the state of an unfinished run is saved. It changes nothing in the result."""
+
+    every_seconds: NonNegative = Field(
+        60.0, description="least time between two checkpoints; writing them takes a twentieth of the time at most"
+    )
+    every_steps: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="outer steps between two checkpoints, whatever they take; 0 goes by the time"
+    )
 
 
 class Config(Section):
@@ -183,6 +244,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
     dataset: DatasetConfig = DatasetConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
     def examples_per_step(self) -> int:
@@ -226,6 +288,20 @@ def validate(data: dict[str, Any]) -> Config:
         raise ConfigError([_fault(item) for item in error.errors()]) from None
 
 
+def settle(config: Config, known: Config | None = None) -> Config:
+    """The settings with what they leave to chance drawn: a `fresh` UUID becomes a certain one.
+
+    Args:
+        config: the settings.
+        known: settings of a run that goes on, whose UUID is taken over.
+    """
+    metric = config.metric
+    if not isinstance(metric, TextLossOptions) or metric.uuid != FRESH:
+        return config
+    drawn = known.metric.uuid if known is not None and isinstance(known.metric, TextLossOptions) else str(uuid4())
+    return config.model_copy(update={"metric": metric.model_copy(update={"uuid": drawn})})
+
+
 def _fault(item: Any) -> str:
     """One line for one pydantic error item."""
     place = [str(part) for part in item["loc"]]
@@ -238,9 +314,34 @@ def _fault(item: Any) -> str:
     elif item["type"].startswith("union_tag"):
         key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":
-        shown = repr(item["input"])
-        message = f"{message[0].lower()}{message[1:]} (got {shown if len(shown) < 60 else shown[:57] + '...'})"
-    return f"{key}: {message}" if key else message
+        message = f"{message[0].lower()}{message[1:]} (got {shown(item['input'])})"
+    return f"{cut(key)}: {message}" if key else message
+
+
+def shown(value: Any) -> str:
+    """A value as it can stand in a message: short, whatever it is."""
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply; an integer with too many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    """At most 60 characters of a text."""
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def depth(data: Any) -> int:
+    """How deeply tables and lists are nested: 0 for a plain value. Not recursive, so that no nesting is too deep for it."""
+    level, layer = 0, [data]
+    while layer := [
+        inner
+        for outer in layer
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        level += 1
+    return level
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -254,11 +355,17 @@ def load_toml(path: Path) -> dict[str, Any]:
             raise UsageError(
                 f"{path} is larger than 1 MB and cannot be a settings file.", "Name a TOML file of settings."
             )
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(part.count(".") > 1000 and '"' not in part for line in text.splitlines() for part in line.split("=")):
+            raise RecursionError("a key has too many parts")  # tomllib takes minutes for tens of thousands
+        data = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}.", "Correct that line.") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, integers with too many digits, nesting
+        raise UsageError(f"{path} is not valid TOML: {str(error)[:200].rstrip('.')}.", "Correct that line.") from None
+    if depth(data) > DEEPEST:
+        raise UsageError(f"{path} is nested too deeply for settings.", "See `dpg presets show` for the keys.")
+    return data
 
 
 def to_toml(config: Config) -> str:

@@ -6,6 +6,8 @@ Anything else that is raised is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+MOST_FAULTS = 20  # shown in one message
+
 
 class DpgError(Exception):
     """Base of all expected errors.
@@ -38,7 +40,14 @@ class ConfigError(UsageError):
         self, faults: list[str], remedy: str = "See `dpg presets show` for the keys and their defaults."
     ) -> None:
         self.faults = list(faults)
-        super().__init__("; ".join(self.faults) + ".", remedy)
+        first = "; ".join(self.faults[:MOST_FAULTS])
+        more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+        super().__init__(f"{first}{more}.", remedy)
+
+
+def one_line(text: str) -> str:
+    """A message on one line, without control characters that could come from a user's file."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class InterruptedRunError(DpgError):

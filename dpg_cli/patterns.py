@@ -141,7 +141,7 @@ def pattern_from_image(path: Path | str, *, max_rows: int, max_cols: int) -> Pat
             raise UsageError(f"{name} shows {len(found)} QR codes.", "Crop the picture to the one that is meant.")
         if found:
             dark = _modules(found[0], grey, name)
-            source = f"QR code in {name}, version {(len(dark) - 17) // 4}, level {found[0].ec_level}"
+            source = f"QR code from a picture, version {(len(dark) - 17) // 4}, level {found[0].ec_level}"
             pattern = Pattern(np.where(dark, 1, -1), "qr", found[0].text, source)
             check_fits(pattern, max_rows, max_cols, (0, 0))
             return pattern
@@ -314,5 +314,4 @@ def _bitmap(picture: Image.Image, colours: list[Any] | None, name: str, max_rows
     rows, columns = (dark := dark[::cell, ::cell]).shape
     if rows > max_rows or columns > max_cols:
         raise UsageError(f"{refusal}, and as a bitmap its {rows}x{columns} cells are too many.", remedy)
-    magnified = f", cells of {cell}x{cell} pixels" if cell > 1 else ""
-    return Pattern(np.where(dark, 1, -1), "bitmap", None, f"{rows}x{columns} bitmap in {name}{magnified}")
+    return Pattern(np.where(dark, 1, -1), "bitmap", None, f"a {rows} x {columns} bitmap")

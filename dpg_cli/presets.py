@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.config import Config, load_toml, validate
+from dpg_cli.config import DEEPEST, Config, depth, load_toml, shown, validate
 from dpg_cli.errors import UsageError
 
-SOURCES = {"image", "text", "rows", "language", "file"}  # what a metric's effect can be given by
+SOURCES = {"image", "text", "rows", "uuid"}  # what a metric's effect can be given by, one alone
+TOGETHER = {"language", "file"}  # or by these, which go together: texts, and the language they are in
 _HERE = Path(__file__).resolve().parent
 
 
@@ -69,22 +70,26 @@ def find(name: str) -> Preset:
     """
     presets = {preset.name: preset for preset in all_presets()}
     if name not in presets:
-        raise UsageError(f"There is no preset {name!r}.", f"Presets: {', '.join(presets)}.")
+        raise UsageError(f"There is no preset {shown(name)}.", f"Presets: {', '.join(presets)}.")
     return presets[name]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `over` put on top.
 
-    A metric's sources (image, text, ...) exclude each other, so one in `over` replaces whichever `base` has.
+    A metric's sources (image, text, ...) exclude each other, so one in `over` replaces whichever `base` has. A language
+    alone also replaces a file, unless the file's name has a place for it: `lm-eval:some_task_{language}`.
     """
     merged = dict(base)
     metric, new = merged.get("metric"), over.get("metric")
     if isinstance(metric, dict) and isinstance(new, dict):
         if new.get("name", metric.get("name")) != metric.get("name"):
             metric = {}
-        elif SOURCES & new.keys():
-            metric = {key: value for key, value in metric.items() if key not in SOURCES}
+        else:
+            gone = SOURCES | TOGETHER if SOURCES & new.keys() else SOURCES if TOGETHER & new.keys() else set()
+            if "language" in new and "{language}" not in str(metric.get("file", "")):
+                gone = gone | {"file"}
+            metric = {key: value for key, value in metric.items() if key not in gone}
         merged["metric"] = metric
     for key, value in over.items():
         known = merged.get(key)
@@ -101,11 +106,18 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UsageError(f"--set {text!r} is not of the form key=value.", "For example: --set inner.lr=1e-4.")
+        raise UsageError(f"--set {shown(text)} is not of the form key=value.", "For example: --set inner.lr=1e-4.")
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+        table = tomllib.loads(f"value = {value}")
+        if len(table) > 1:
+            raise ValueError("a second line")
+        parsed: Any = table["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
+    except (ValueError, RecursionError):
+        raise UsageError(f"--set {shown(text)} has no sensible value.", "For example: --set inner.lr=1e-4.") from None
+    if len(parts) + depth(parsed) > DEEPEST:
+        raise UsageError(f"--set {shown(text)} is nested too deeply.", "For example: --set inner.lr=1e-4.")
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed

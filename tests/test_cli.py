@@ -145,7 +145,9 @@ def test_interrupting_says_what_is_left(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "dpg: Interrupted after" in errors
+    assert "dpg: Stopped after outer step" in errors
+    assert f"dpg resume {tmp_path / 'run'}" in errors
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))) == 1
     assert "Traceback" not in errors
 
 

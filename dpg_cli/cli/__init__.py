@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from dpg_cli.cli.app import app
-from dpg_cli.errors import DpgError
+from dpg_cli.errors import DpgError, one_line
 
 
 def main() -> None:
@@ -21,10 +21,5 @@ def main() -> None:
     except DpgError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"dpg: {_one_line(str(error))}\n")
+        sys.stderr.write(f"dpg: {one_line(str(error))}\n")
         sys.exit(error.exit_code)
-
-
-def _one_line(text: str) -> str:
-    """The message on one line, without control characters that could come from a user's file."""
-    return "".join(character if character.isprintable() else " " for character in text)

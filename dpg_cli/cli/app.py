@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import presets, run, verify
+from dpg_cli.cli import presets, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -19,6 +19,7 @@ app = typer.Typer(
     "--debug shows the traceback of an error.",
 )
 app.command("run")(run.run)
+app.command("resume")(resume.resume)
 app.command("verify")(verify.verify)
 app.add_typer(presets.app, name="presets")
 

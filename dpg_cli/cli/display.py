@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dpg_cli.errors import one_line
 from dpg_cli.render import text_pattern
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 outer step`, `2 outer steps`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class RunDisplay:
@@ -48,10 +55,12 @@ class RunDisplay:
         self.recent: deque[float] = deque(maxlen=20)
         self.metric: object | None = None
         self.live: Live | None = None
+        self.panel: Group | None = None
+        self.notice = ""
 
     def __enter__(self) -> RunDisplay:
         if self.console.is_terminal:
-            self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True)
+            self.live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=4)
             self.live.start()
         return self
 
@@ -59,14 +68,23 @@ class RunDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live is not None:
+            self.live.transient = self.panel is None  # the last picture stays on the screen
             self.live.stop()
+
+    def notify(self, text: str) -> None:
+        """Show a line at once. A signal handler may call it: it waits for no lock and uses no buffer."""
+        self.notice = text
+        if self.live is None:
+            os.write(2, f"         {text}\n".encode())
 
     def stage(self, name: str) -> None:
         """A stage begins."""
         if self.live is not None:
-            self.console.print(f"[dim]{clock(time.monotonic() - self.started):>7}[/dim]  {name}")
+            self.console.print(
+                Text(f"{clock(time.monotonic() - self.started):>7}  ", "dim"), Text(one_line(name)), sep=""
+            )
         else:
-            self.console.print(f"{clock(time.monotonic() - self.started):>7}  {name}")
+            self.console.print(Text(f"{clock(time.monotonic() - self.started):>7}  {one_line(name)}"))
 
     def built(self, built: Built) -> None:
         """Models and metric stand."""
@@ -77,8 +95,10 @@ class RunDisplay:
             f"         {built.players.metric.describe()}; target {target.name} ({target.parameter_count:,} parameters, "
             f"{config.models.target_init}); generator {generator.name} ({generator.parameter_count:,})"
         )
+        if not built.tokenizers.shared:
+            self.console.print(f"         {built.tokenizers.as_text()}")
         self.console.print(
-            f"         {config.steps} outer steps of {config.examples_per_step} completions, T = {config.inner_steps}, "
+            f"         {counted(config.steps, 'outer step')} of {counted(config.examples_per_step, 'completion')}, T = {config.inner_steps}, "
             f"credit {config.credit.mode}, on {built.device} -> {self.folder}"
         )
 
@@ -89,7 +109,7 @@ class RunDisplay:
         done = report.step + 1
         left = (self.config.steps - done) * sum(self.recent) / len(self.recent)
         if self.live is not None:
-            self.live.update(self._panel(report, done, left))
+            self.panel = self._panel(report, done, left)
             return
         now = time.monotonic()
         if now - self.last_line >= PLAIN_SECONDS or done == self.config.steps:
@@ -99,6 +119,10 @@ class RunDisplay:
                 f"{self._measure(report)}  entropy {numbers['entropy']:.2f}  "
                 f"{numbers['examples'] / numbers['seconds']:.0f} examples/s  left {clock(left)}"
             )
+
+    def _picture(self) -> Group:
+        """The live display as it stands."""
+        return Group(self.panel or Text("starting"), *([Text(self.notice, "bold")] if self.notice else []))
 
     @staticmethod
     def _measure(report: StepReport) -> str:

@@ -71,9 +71,10 @@ def find_head(model: nn.Module) -> Head | None:
     What the attributes promise is tried on two tokens: logits that are scaled, capped or cut differ from the linear map.
     """
     model_any: Any = model
-    layer = model_any.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layer: Any = model_any.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base: Any
-    base, prefix = getattr(model, "base_model", None), getattr(model, "base_model_prefix", "")
+    base: Any = getattr(model, "base_model", None)
+    prefix = getattr(model, "base_model_prefix", "")
     if type(layer) is not nn.Linear or base is None or base is model or getattr(model, prefix, None) is not base:
         return None
     if any(getattr(getattr(model, "config", None), key, None) not in (None, 0, 1, 1.0) for key in _TOUCHED_LOGITS):

@@ -26,6 +26,7 @@ from dpg_cli.engine.target import Normalization, TargetRun, dual_pass, loss_grad
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
+RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 Progress = Callable[[str, int, int], None]  # phase, done, total
 SAMPLE = 1 << 20  # gradient entries that the median is taken of
 
@@ -210,6 +211,7 @@ def metagradient(
         )
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
+        refuse_divergence(theta, trace.theta)
         value, theta_bar = metric_gradient(run, trace.theta, metric)
         token_N_S, label_N_S_V = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
         final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
@@ -224,6 +226,22 @@ def metagradient(
         )
     finally:
         model.train(training)
+
+
+def refuse_divergence(before: Tensor, after: Tensor) -> None:
+    """Stop where fine-tuning left nothing of the target, though all numbers are still finite.
+
+    A single inner step never evaluates the weights that it makes, so an absurd learning rate gives finite nonsense.
+
+    Raises:
+        DegenerateError: if θ moved by `RUNAWAY` times its own size (root mean squares over all weights).
+    """
+    size, moved = (float(vector.double().square().mean().sqrt()) for vector in (before, after - before))
+    if moved > RUNAWAY * size > 0:
+        raise DegenerateError(
+            f"The inner run diverged: it moved the target's weights by {moved / size:.1e} times their own size.",
+            "Lower inner.lr.",
+        )
 
 
 def reverse(

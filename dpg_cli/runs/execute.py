@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,110 +13,215 @@ from torch import nn
 
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
+from dpg_cli.engine.state import restore
+from dpg_cli.errors import InterruptedRunError, UsageError
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.render import pattern_image, save_png
 from dpg_cli.runs.build import Built, build
+from dpg_cli.runs.checkpoint import Schedule, forget_after, newest, place, require_same, write
 from dpg_cli.runs.dataset import Synthetic, draw, measure, write_card, write_parquet
-from dpg_cli.runs.folder import RunFolder, environment, peak_memory_mb, replacing, write_json
+from dpg_cli.runs.files import WriteError, replacing, writing
+from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.sessions import Journal, Outcome, read_info
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run reports.
+@dataclass
+class StopRequest:
+    """How a signal handler or another thread asks a run to stop.
 
     Attributes:
-        measures: Φ and readable measures of a target trained on the final dataset.
-        control: the same for the untrained generator's data, or None.
-        seconds: of the whole run.
-        peak_memory_mb: peak resident memory of the process.
+        asked: set it, and the run stops after the present outer step, its state saved.
+        in_step: an outer step is under way. When none is, all that counts is saved already: stop by an exception.
     """
 
-    measures: dict[str, float]
-    control: dict[str, float] | None
-    seconds: float
-    peak_memory_mb: float | None
+    asked: bool = False
+    in_step: bool = False
+
+
+def finished(folder: RunFolder, config: Config) -> Outcome | None:
+    """The outcome of a run that needs no resume.
+
+    Raises:
+        UsageError: if it was begun with other settings than these.
+    """
+    outcome = read_info(folder)[0].outcome
+    if outcome is not None:
+        require_same(folder, config)
+    return outcome
 
 
 def execute(
     config: Config,
     folder: RunFolder,
     *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_built: Callable[[Built], None] = lambda built: None,
     command: list[str] | None = None,
 ) -> Outcome:
-    """Run DPG and write every artefact of DESIGN §6.
+    """Run DPG, or go on with an unfinished run, and write every artefact of DESIGN §6.
 
     Args:
         config: the settings.
-        folder: a free run folder; made once the settings have proved good.
+        folder: a free run folder, made once the settings have proved good; with `resume` an unfinished run.
+        resume: go on from the newest checkpoint, and from the beginning where there is none yet.
+        stop: asks for an end after the present outer step.
         on_step: called after each outer step.
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
         command: the command line, for `run.json`.
 
     Raises:
-        DpgError: for bad settings, or a training that became degenerate.
+        DpgError: for bad settings, a folder that cannot be written or resumed, or a training that became degenerate.
+        InterruptedRunError: when it stopped because it was asked to.
     """
-    started = time.perf_counter()
+    stop = stop or StopRequest()
     on_stage("loading models")
     torch.manual_seed(config.seed)
     built = build(config)
     on_built(built)
-    folder.make()  # only now: what is refused above leaves nothing behind
-    folder.write_config(config)
+    if not resume:
+        folder.make()  # only now: what is refused above leaves nothing behind
+    with folder.locked(), advice(folder):
+        journal = (continued if resume else begun)(config, folder, built, command or [], on_stage)
+        try:
+            on_stage("training the generator")
+            training(config, folder, built, journal, stop, on_step)
+            journal.trained()
+            return finish(config, folder, built, journal, on_stage)
+        except (KeyboardInterrupt, InterruptedRunError):
+            journal.stop("interrupted")
+            raise
+        except BaseException:
+            journal.stop("failed")
+            raise
+
+
+@contextlib.contextmanager
+def advice(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on when something cannot be written, for example on a full disk."""
+    try:
+        yield
+    except WriteError as error:
+        if not folder.config.is_file():
+            raise
+        raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
+
+
+def begun(
+    config: Config, folder: RunFolder, built: Built, command: list[str], on_stage: Callable[[str], None]
+) -> Journal:
+    """The folder of a new run, with its settings.
+
+    Raises:
+        UsageError: if another process has begun a run in it meanwhile.
+    """
+    RunFolder.free(folder.path, leftovers=True)
+    folder.tidy()
     if isinstance(built.players.metric, PatternMetric):
         save_png(pattern_image(built.players.metric.pattern), folder.pattern)
-    info = environment(config, str(built.device), command or [])
-    write_json(folder.info, info)
+    folder.write_config(config)  # from here on it is a run, which can be resumed
+    return Journal(folder, config, str(built.device), command)
+
+
+def continued(
+    config: Config, folder: RunFolder, built: Built, command: list[str], on_stage: Callable[[str], None]
+) -> Journal:
+    """Put an unfinished run into the state of its newest good checkpoint.
+
+    Raises:
+        UsageError: if the folder was begun with other settings, or no checkpoint can be used.
+    """
+    folder.tidy()
+    require_same(folder, config)
+    checkpoint, faults = newest(folder, config, built)
+    for fault in faults:
+        on_stage(f"{fault}; the one before it is taken")
+    step = 0
+    if checkpoint is not None:
+        step = checkpoint.header.step
+        on_stage(f"going on after outer step {step} of {config.steps}")
+        if checkpoint.header.place != place(built):
+            on_stage(f"saved by {checkpoint.header.place}, this is {place(built)}: last digits may differ")
+        restore(built.players, checkpoint.state)
+    else:
+        on_stage("no checkpoint was written yet: beginning anew")
+    dropped = folder.rewind_metrics(checkpoint.header.metrics_bytes if checkpoint else 0)
+    forget_after(folder, step)
+    return Journal(folder, config, str(built.device), command, step, dropped)
+
+
+def training(
+    config: Config,
+    folder: RunFolder,
+    built: Built,
+    journal: Journal,
+    stop: StopRequest,
+    on_step: Callable[[StepReport], None],
+) -> None:
+    """The outer steps that are left, with their log and checkpoints.
+
+    Raises:
+        InterruptedRunError: when it stopped because it was asked to.
+    """
+    schedule = Schedule(config.checkpoint)
 
     def log(report: StepReport) -> None:
+        done = report.step + 1
         folder.append_metrics(report.numbers)
         on_step(report)
+        if stop.asked or done == config.steps or schedule.due(done):
+            schedule.wrote(write(folder, config, built, done))
+            journal.write()
+        if stop.asked:
+            raise InterruptedRunError(
+                f"Stopped after outer step {done} of {config.steps}; all of it is saved.",
+                f"Go on with: dpg resume {folder.path}",
+            )
 
-    on_stage("training the generator")
-    train(built.players, built.spec, built.prompts.at, log)
-    info["seconds_training"] = round(time.perf_counter() - started, 2)
+    stop.in_step = True
+    try:
+        train(built.players, built.spec, built.prompts.at, log, journal.first_step)
+    finally:
+        stop.in_step = False
 
+
+def finish(
+    config: Config, folder: RunFolder, built: Built, journal: Journal, on_stage: Callable[[str], None]
+) -> Outcome:
+    """Everything after the training: dataset, models, picture. Repeated from the last checkpoint when it is cut short."""
     on_stage("writing the dataset")
     synthetic, control = final_data(config, built, folder)
     write_model(folder.generator, built.players.generator)
+    journal.write()
     on_stage("writing the target")
     write_target(folder, built, synthetic)
-
-    outcome = Outcome(
-        measures={"phi": synthetic.result.value, **synthetic.result.measures},
-        control=None if control is None else {"phi": control.result.value, **control.result.measures},
-        seconds=time.perf_counter() - started,
-        peak_memory_mb=peak_memory_mb(),
+    return journal.finish(
+        {"phi": synthetic.result.value, **synthetic.result.measures},
+        None if control is None else {"phi": control.result.value, **control.result.measures},
     )
-    info |= {
-        "finished": True,
-        "seconds": round(outcome.seconds, 2),
-        "peak_memory_mb": outcome.peak_memory_mb,
-        "measures": outcome.measures,
-        "control": outcome.control,
-    }
-    write_json(folder.info, info)
-    return outcome
 
 
 def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:
     """Sample, attribute and write the final dataset and, if asked for, the untrained generator's."""
     players, spec, size = built.players, built.spec, config.dataset.examples
-    folder.dataset.mkdir(exist_ok=True)
+    with writing(folder.dataset):
+        folder.dataset.mkdir(exist_ok=True)
     rollout = draw(players.generator, spec, built.prompts, size, config.steps, config.seed + 2)
     synthetic = measure(players, spec, rollout, config.inner_steps)
-    write_parquet(folder.dataset / "train.parquet", rollout, players.generator, players.target, synthetic.result)
+    path = folder.dataset / "train.parquet"
+    write_parquet(path, rollout, players.generator, players.target, synthetic, spec.max_length)
     control = None
     if config.dataset.control:
         untrained = load_generator(config.models, built.device)
         rollout = draw(untrained, spec, built.prompts, size, config.steps, config.seed + 2)
         control = measure(players, spec, rollout, config.inner_steps)
-        write_parquet(folder.dataset / "control.parquet", rollout, untrained, players.target, None)
+        path = folder.dataset / "control.parquet"
+        write_parquet(path, rollout, untrained, players.target, None, spec.max_length)
     write_card(
         folder.dataset / "README.md",
         config,
@@ -127,11 +232,13 @@ def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthet
     return synthetic, control
 
 
-def write_model(path: Path, language_model: LanguageModel) -> None:
-    """Save model and tokeniser so that AutoModelForCausalLM and AutoTokenizer load them."""
+def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:
+    """Save model and tokeniser so that AutoModelForCausalLM and AutoTokenizer load them, and a patch beside them."""
     with quiet_transformers(), replacing(path) as temporary:
         language_model.model.save_pretrained(temporary)
         language_model.tokenizer.save_pretrained(temporary)
+        if patch:
+            save_file(patch, temporary / "patch.safetensors")
 
 
 def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
@@ -140,11 +247,14 @@ def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
     final = synthetic.result.final
     before = {name: parameter.detach().clone() for name, parameter in target.model.named_parameters()}
     assign_parameters(target.model, final)
-    write_model(folder.target, target)
-    assign_parameters(target.model, before)
+    patch = {}
     if isinstance(metric, Pictured):
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
-        save_file(tensors, folder.target / "patch.safetensors")
+        patch = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
+    try:
+        write_model(folder.target, target, patch)
+    finally:
+        assign_parameters(target.model, before)
+    if isinstance(metric, Pictured):
         save_png(metric.picture(final), folder.image)
 
 

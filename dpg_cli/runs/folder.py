@@ -1,22 +1,23 @@
-"""The run folder: where each artefact lies, and atomic writing. DESIGN §6 lists what a finished folder holds."""
+"""The run folder: where each artefact lies, and who may write to it. DESIGN §6 lists what a finished folder holds."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dpg_cli.config import Config, PatternOptions, load_toml, to_toml, validate
 from dpg_cli.errors import UsageError
+from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
+from dpg_cli.sources import absolute
+
+__all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
+
+OWN_PROMPTS = ("tiny", "empty")  # sources that are no paths
 
 
 class RunFolder:
@@ -36,16 +37,29 @@ class RunFolder:
         self.target = path / "target"
         self.dataset = path / "dataset"
         self.image = path / "lm_head.png"
+        self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def free(cls, path: Path) -> RunFolder:
+    def free(cls, path: Path, *, leftovers: bool = False) -> RunFolder:
         """A run folder that is yet to be made, at a place that is free for it.
+
+        Args:
+            path: the place.
+            leftovers: count as free also a folder with no more than a run leaves that was killed before its settings
+                were written.
 
         Raises:
             UsageError: if something is there already.
         """
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            there = [path.name] if path.exists() and not path.is_dir() else []
+            if path.is_dir():
+                there = [entry.name for entry in path.iterdir()]
+            if leftovers:
+                there = [name for name in there if name != "pattern.png" and not TEMPORARY.fullmatch(name)]
+            if "config.toml" in there:
+                raise UsageError(f"{path} holds a run.", f"Go on with it: dpg resume {path}; or give another --out.")
+            if there:
                 raise UsageError(f"{path} exists and is not empty.", "Give another --out, or remove it.")
         except OSError as error:
             raise UsageError(f"The folder {path} cannot be read: {error.strerror}.", "Give another --out.") from None
@@ -75,6 +89,47 @@ class RunFolder:
             raise UsageError(f"{path} is no run folder: it has no config.toml.", "Name a folder that `dpg run` wrote.")
         return folder
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this process writes into the folder, no other does. The lock ends with the process, however it ends.
+
+        Raises:
+            UsageError: if another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        with reading(self.path):
+            handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"Another process is at work in {self.path}.", "Wait for it, or give another folder."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(handle)
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half-written.
+
+        Raises:
+            UsageError: if an entry that could be written to is a link: it might lead outside the folder.
+        """
+        for folder in (self.path, self.dataset, self.checkpoints):
+            for path in list(folder.iterdir()) if folder.is_dir() else []:
+                if path.is_symlink():
+                    raise UsageError(f"{path} is a link; a run writes into its own folder alone.", "Remove the link.")
+                if TEMPORARY.fullmatch(path.name):
+                    with writing(path):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def read_config(self) -> Config:
         """The run's settings; relative paths in them are relative to the folder."""
         return validate(resolve_paths(load_toml(self.config), self.path))
@@ -86,99 +141,74 @@ class RunFolder:
         write_text(self.config, to_toml(config))
 
     def append_metrics(self, numbers: dict[str, float]) -> None:
-        """Add one outer step to `metrics.jsonl`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
+        """Add one outer step to `metrics.jsonl`: the whole line, or nothing.
 
-    def read_metrics(self) -> list[dict[str, float]]:
-        """All logged outer steps."""
+        Raises:
+            UsageError: if it cannot be written.
+        """
+        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            data = (json.dumps(numbers) + "\n").encode()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All logged outer steps. A last line that was cut off in the middle is left out.
+
+        Raises:
+            UsageError: if another line is no JSON object.
+        """
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        with reading(self.metrics):
+            lines = self.metrics.read_bytes().split(b"\n")
+        return [self._metrics_line(line, number) for number, line in enumerate(lines[:-1], 1)]
+
+    def rewind_metrics(self, size: int) -> tuple[int, float]:
+        """Cut `metrics.jsonl` back to its first `size` bytes.
+
+        Returns:
+            How many outer steps that takes away, and the seconds that they took.
+        """
+        if not self.metrics.exists():
+            return 0, 0.0
+        with writing(self.metrics), self.metrics.open("r+b") as file:
+            file.seek(size)
+            lines = file.read().split(b"\n")[:-1]
+            file.truncate(size)
+        seconds = 0.0
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                seconds += max(0.0, min(float(json.loads(line)["seconds"]), 1e9))
+        return len(lines), seconds
+
+    def _metrics_line(self, line: bytes, number: int) -> dict[str, Any]:
+        """One line of `metrics.jsonl`."""
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise UsageError(f"{self.metrics}, line {number}: no JSON object.", "The file is damaged there.")
+        return data
 
 
 def resolve_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Settings with the relative path of the image made absolute against the folder of its settings file."""
-    metric = data.get("metric")
+    """Settings with relative paths made absolute against the folder of their settings file: that of the image, and those
+    of prompts and held-out text where there is such a file or folder."""
+    metric, prompts = data.get("metric"), data.get("prompts")
     if isinstance(metric, dict) and isinstance(metric.get("image"), str) and metric["image"]:
-        data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
+        with contextlib.suppress(ValueError, OSError):  # no possible path: whatever opens it will say so
+            data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
+    if isinstance(metric, dict) and isinstance(metric.get("file"), str) and metric["file"]:
+        with contextlib.suppress(ValueError, OSError):
+            data = {**data, "metric": {**metric, "file": absolute(metric["file"], base)}}
+    if isinstance(prompts, dict) and isinstance(prompts.get("source"), str) and prompts["source"] not in OWN_PROMPTS:
+        with contextlib.suppress(ValueError, OSError):
+            data = {**data, "prompts": {**prompts, "source": absolute(prompts["source"], base)}}
     return data
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or a folder, that takes its place when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def environment(config: Config, device: str, command: list[str]) -> dict[str, Any]:
-    """What `run.json` says of where and how a run was made."""
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in ("dpg-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {
-        "task": config.task,
-        "scale": config.scale,
-        "seed": config.seed,
-        "command": [Path(command[0]).name, *command[1:]] if command else [],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "revision": git_revision(),
-        "hardware": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
-def git_revision() -> str | None:
-    """Revision of the source tree that this package runs from, if it is a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        return answer.stdout.strip() or None
-    return None
-
-
-def peak_memory_mb() -> float | None:
-    """Peak resident memory of this process in MB (10^6 bytes), where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

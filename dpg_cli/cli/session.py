@@ -1,0 +1,123 @@
+"""One session of a run at the command line: signals, live display, outcome. `dpg run` and `dpg resume` share it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from dpg_cli.errors import InterruptedRunError, one_line
+
+if TYPE_CHECKING:
+    from dpg_cli.config import Config
+    from dpg_cli.runs.execute import StopRequest
+    from dpg_cli.runs.folder import RunFolder
+    from dpg_cli.runs.sessions import Outcome
+
+FINISHING = "finishing this outer step, then saving; once more leaves at once"
+
+
+def session(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -> None:
+    """Begin a run or go on with one, with a display on stderr and the outcome on stdout.
+
+    Args:
+        config: its settings.
+        folder: a free place, or with `resume` a run; a finished one only says so.
+        resume: go on with it.
+        as_json: print JSON.
+
+    Raises:
+        InterruptedRunError: after Ctrl-C or SIGTERM, with the command that goes on.
+    """
+    from dpg_cli.cli.display import RunDisplay
+    from dpg_cli.runs.execute import StopRequest, execute, finished
+
+    if resume and (known := finished(folder, config)) is not None:
+        sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")
+        report(folder, known, as_json)
+        return
+    stop = StopRequest()
+    try:
+        with RunDisplay(config, folder.path) as display, stopping(stop, display.notify):
+            outcome = execute(
+                config,
+                folder,
+                resume=resume,
+                stop=stop,
+                on_step=display.step,
+                on_stage=display.stage,
+                on_built=display.built,
+                command=sys.argv,
+            )
+    except KeyboardInterrupt:
+        raise left(config, folder) from None
+    report(folder, outcome, as_json)
+
+
+@contextlib.contextmanager
+def stopping(stop: StopRequest, notify: Callable[[str], None]) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM finish the outer step that is under way; any other leaves at once.
+
+    Args:
+        stop: what the run looks at after each outer step.
+        notify: tells the user; called from the signal handler.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.asked or not stop.in_step:
+            raise KeyboardInterrupt
+        stop.asked = True
+        notify(FINISHING)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def left(config: Config, folder: RunFolder) -> InterruptedRunError:
+    """What is left after leaving at once."""
+    from dpg_cli.runs.checkpoint import found
+
+    if not folder.config.is_file():
+        return InterruptedRunError("Interrupted before the first outer step; nothing was written.")
+    saved = next((f"the last checkpoint is of outer step {step} of {config.steps}" for step, _ in found(folder)), None)
+    return InterruptedRunError(
+        f"Left at once; {saved or 'there is no checkpoint yet'}.", f"Go on with: dpg resume {folder.path}"
+    )
+
+
+def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
+    """Print the outcome on stdout."""
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "run": str(folder.path),
+                    "measures": outcome.measures,
+                    "control": outcome.control,
+                    "seconds": outcome.seconds,
+                    "peak_memory_mb": outcome.peak_memory_mb,
+                    "sessions": outcome.sessions,
+                },
+                indent=2,
+            )
+        )
+        return
+    measures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.measures.items())
+    typer.echo(one_line(f"{folder.path}: {measures}"))
+    memory = "" if outcome.peak_memory_mb is None else f", {outcome.peak_memory_mb:,.0f} MB at the peak"
+    sessions = "" if outcome.sessions == 1 else f" in {outcome.sessions} sessions"
+    typer.echo(f"{outcome.seconds:.0f} s{sessions}{memory}. Next: dpg verify {folder.path}")

@@ -1,0 +1,99 @@
+"""Everything that outer steps change, as named tensors: the generator, its optimiser's moments, and the RNGs.
+
+The target and its optimiser start afresh at every outer step, so they have no state between two of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dpg_cli.engine.loop import Players
+
+State = dict[str, dict[str, Tensor]]  # part -> name -> tensor
+PartLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; its step counter is a float32 scalar
+
+
+def trained(players: Players) -> dict[str, nn.Parameter]:
+    """The generator's trainable parameters by name, tied ones once."""
+    return {name: p for name, p in players.generator.model.named_parameters() if p.requires_grad}
+
+
+def capture(players: Players) -> State:
+    """The state between two outer steps.
+
+    Returns:
+        Parts "generator" (parameters), "optimizer" (step and moments of each parameter; zeros where it has none yet)
+        and "rng" (uint8 states of sampling, of the order of mini-batches, and of torch's own generators). Tensors are
+        views where that is possible: use or copy them before the next outer step.
+    """
+    optimizer: dict[str, Tensor] = {}
+    for name, parameter in trained(players).items():
+        known = players.policy_optimizer.state.get(parameter, {})
+        optimizer[f"step/{name}"] = known.get("step", torch.zeros(()))
+        for moment in MOMENTS:
+            optimizer[f"{moment}/{name}"] = known.get(moment, torch.zeros_like(parameter)).detach()
+    return {
+        "generator": {name: parameter.detach() for name, parameter in trained(players).items()},
+        "optimizer": optimizer,
+        "rng": _rng_states(players),
+    }
+
+
+def layout(players: Players) -> dict[str, PartLayout]:
+    """Names, shapes and dtypes that a state of these players has."""
+    parameters = trained(players)
+    shapes: PartLayout = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    moments: PartLayout = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in shapes.items()}
+    steps: PartLayout = {f"step/{name}": ((), torch.float32) for name in shapes}
+    rng: PartLayout = {name: (tuple(state.shape), state.dtype) for name, state in _rng_states(players).items()}
+    return {"generator": shapes, "optimizer": steps | moments, "rng": rng}
+
+
+def check(players: Players, state: State) -> None:
+    """Refuse values that no training leaves behind. Names, shapes and dtypes must already be those of `layout`.
+
+    Raises:
+        ValueError: naming the first tensor that cannot be.
+    """
+    for part in ("generator", "optimizer"):
+        for name, tensor in state[part].items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} is not finite")
+            if name.startswith(("step/", "exp_avg_sq/")) and bool((tensor < 0).any()):
+                raise ValueError(f"{name} is negative")
+    for name, tensor in state["rng"].items():
+        device = players.rng.device if name in ("sampling", "device") else torch.device("cpu")
+        try:
+            torch.Generator(device).set_state(tensor)
+        except RuntimeError:
+            raise ValueError(f"the state of the RNG {name!r} is no valid one") from None
+
+
+@torch.no_grad()
+def restore(players: Players, state: State) -> None:
+    """Put players into a captured state, which `check` has passed."""
+    for name, parameter in trained(players).items():
+        parameter.copy_(state["generator"][name])
+        players.policy_optimizer.state[parameter] = {
+            "step": state["optimizer"][f"step/{name}"].clone(),
+            **{m: state["optimizer"][f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS},
+        }
+    players.rng.set_state(state["rng"]["sampling"])
+    players.order_rng.set_state(state["rng"]["order"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if "device" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["device"], players.rng.device)
+
+
+def _rng_states(players: Players) -> dict[str, Tensor]:
+    """The states of all sources of randomness, uint8."""
+    states = {
+        "sampling": players.rng.get_state(),
+        "order": players.order_rng.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if players.rng.device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(players.rng.device)
+    return states
