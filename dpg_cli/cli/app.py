@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import presets, resume, run, verify
+from dpg_cli.cli import attribute, presets, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("verify")(verify.verify)
+app.command("attribute")(attribute.attribute)
 app.add_typer(presets.app, name="presets")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 22  # logits at a time; 16 MB in float32, which still makes large matrix products
 
@@ -70,9 +71,8 @@ def find_head(model: nn.Module) -> Head | None:
 
     What the attributes promise is tried on two tokens: logits that are scaled, capped or cut differ from the linear map.
     """
-    model_any: Any = model
-    layer: Any = model_any.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    base: Any
+    causal: Any = model
+    layer: Any = causal.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base: Any = getattr(model, "base_model", None)
     prefix = getattr(model, "base_model_prefix", "")
     if type(layer) is not nn.Linear or base is None or base is model or getattr(model, prefix, None) is not base:
@@ -227,3 +227,21 @@ def second_order(
         if bias_into is not None:
             bias_into.addmv_(second.mT, factors[:, 0])
     return HeadDual(token, hidden_bar, tangent_bar)
+
+
+class MeanLoss(torch.autograd.Function):
+    """(h (M, D), W, a, labels (M,)) -> mean cross-entropy, by `first_order`: the gradient is taken along with the value."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_M_D: Tensor, weight: Tensor, bias: Tensor | None, labels_M: Tensor) -> Tensor:
+        factors = hidden_M_D.new_full((len(labels_M),), 1 / max(1, len(labels_M)))
+        weight_bar = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        bias_bar = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        value, hidden_bar = first_order(hidden_M_D, weight, bias, labels_M, factors, weight_bar, bias_bar)
+        ctx.save_for_backward(hidden_bar, weight_bar, bias_bar)
+        return hidden_M_D.new_tensor(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if saved is None else saved * bar for saved in ctx.saved_tensors), None

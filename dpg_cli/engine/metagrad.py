@@ -211,7 +211,7 @@ def metagradient(
         )
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
-        refuse_divergence(theta, trace.theta)
+        refuse_divergence(run, trace.theta)
         value, theta_bar = metric_gradient(run, trace.theta, metric)
         token_N_S, label_N_S_V = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
         final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
@@ -228,18 +228,28 @@ def metagradient(
         model.train(training)
 
 
-def refuse_divergence(before: Tensor, after: Tensor) -> None:
+def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
     """Stop where fine-tuning left nothing of the target, though all numbers are still finite.
 
     A single inner step never evaluates the weights that it makes, so an absurd learning rate gives finite nonsense.
 
+    Args:
+        run: its model's own parameters are θ_0.
+        theta: θ_T, shape (n,).
+
     Raises:
         DegenerateError: if θ moved by `RUNAWAY` times its own size (root mean squares over all weights).
     """
-    size, moved = (float(vector.double().square().mean().sqrt()) for vector in (before, after - before))
-    if moved > RUNAWAY * size > 0:
+    parameters = dict(run.model.named_parameters())
+    size = moved = 0.0
+    for name, after in run.space.views(theta).items():
+        before = parameters[name].detach()
+        for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
+            size += float(old.double().square().sum())
+            moved += float((new - old).double().square().sum())
+    if moved > RUNAWAY**2 * size > 0:
         raise DegenerateError(
-            f"The inner run diverged: it moved the target's weights by {moved / size:.1e} times their own size.",
+            f"The inner run diverged: it moved the target's weights by {(moved / size) ** 0.5:.1e} times their own size.",
             "Lower inner.lr.",
         )
 
@@ -275,7 +285,7 @@ def reverse(
     del theta_bar
     for number in reversed(range(total)):
         before, grad = trace.tape.pop()
-        grad_bar, bar = adjoint(optimizer, bar, before, grad, number, consume=True)
+        grad_bar, bar = adjoint(optimizer, bar, before, grad, number, consume=True, first=number == 0)
         theta = before.theta
         del before, grad
         start, stop = trace.batches[number]
@@ -289,7 +299,7 @@ def reverse(
             weights_N[rows],
             need_hvp=number > 0,
             need_labels=labels,
-            hvp_into=bar.theta,
+            hvp_into=bar.theta if number else None,
         )
         tokens[rows, :width] = dual.token_B_S
         if dual.label_B_S_V is not None and dual.label_B_S_V.shape[:2] == tokens.shape:

@@ -139,6 +139,7 @@ def adjoint(
     step: int,
     *,
     consume: bool = False,
+    first: bool = False,
 ) -> tuple[Tensor, State]:
     """Reverse of `update`: from the adjoints of the state after a step to those of its inputs.
 
@@ -149,6 +150,7 @@ def adjoint(
         grad: g_t.
         step: t, counted from 0.
         consume: the results may be written over `after`, `before.m`, `before.v` and `grad`.
+        first: no step precedes: leave the adjoints of the state out (empty vectors).
 
     Returns:
         ḡ_t of shape (n,), and the direct parts of the adjoints (θ̄, m̄, v̄) before the step; what reaches θ̄ through
@@ -157,15 +159,20 @@ def adjoint(
     Where v' + ε_root = 0 the root's derivative is infinite while its numerator m' is 0: that term's limit is 0.
     """
     grad_out = grad if consume else torch.empty_like(grad)
-    theta_out = _writable(after.theta) if consume else torch.empty_like(grad)
-    m_out = _writable(after.m, before.m) if consume else torch.empty_like(grad)
+    nothing = State(grad[:0], grad[:0], grad[:0])
+    theta_out = m_out = v_out = grad_out  # with `first` only to have blocks, never written
+    if not first:
+        theta_out = _writable(after.theta) if consume else torch.empty_like(grad)
+        m_out = _writable(after.m, before.m) if consume else torch.empty_like(grad)
     if spec.name == "sgd":
         for theta, m, g_to, theta_to, m_to in _blocks(after.theta, after.m, grad_out, theta_out, m_out):
             torch.add(m, theta, alpha=-spec.lr, out=g_to)
-            torch.add(theta, g_to, alpha=spec.weight_decay, out=theta_to)
-            torch.mul(g_to, spec.momentum, out=m_to)
-        return grad_out, State(theta_out, m_out, after.v)
-    v_out = _writable(after.v, before.v) if consume else torch.empty_like(grad)
+            if not first:
+                torch.add(theta, g_to, alpha=spec.weight_decay, out=theta_to)
+                torch.mul(g_to, spec.momentum, out=m_to)
+        return grad_out, nothing if first else State(theta_out, m_out, after.v)
+    if not first:
+        v_out = _writable(after.v, before.v) if consume else torch.empty_like(grad)
     c1, c2 = 1 - spec.beta1 ** (step + 1), 1 - spec.beta2 ** (step + 1)
     for theta, m_bar, v_bar, m, v, g, g_to, theta_to, m_to, v_to in _blocks(
         after.theta, after.m, after.v, before.m, before.v, grad, grad_out, theta_out, m_out, v_out
@@ -180,10 +187,11 @@ def adjoint(
             through_root.masked_fill_(root == 0, 0.0)
             if spec.eps == 0:
                 slope.masked_fill_(root == 0, 0.0)
-        torch.add(v_bar, through_root, alpha=0.5 * spec.lr / (c1 * c2), out=v_to)
-        torch.add(m_bar, slope, alpha=-spec.lr / c1, out=m_to)
-        torch.mul(v_to, g, out=g_to).mul_(2 * (1 - spec.beta2)).add_(m_to, alpha=1 - spec.beta1)
-        m_to.mul_(spec.beta1)
-        v_to.mul_(spec.beta2)
-        torch.mul(theta, 1 - spec.lr * spec.weight_decay, out=theta_to)
-    return grad_out, State(theta_out, m_out, v_out)
+        v_before = torch.add(v_bar, through_root, alpha=0.5 * spec.lr / (c1 * c2), out=None if first else v_to)
+        m_before = torch.add(m_bar, slope, alpha=-spec.lr / c1, out=None if first else m_to)
+        torch.mul(v_before, g, out=g_to).mul_(2 * (1 - spec.beta2)).add_(m_before, alpha=1 - spec.beta1)
+        if not first:
+            m_to.mul_(spec.beta1)
+            v_to.mul_(spec.beta2)
+            torch.mul(theta, 1 - spec.lr * spec.weight_decay, out=theta_to)
+    return grad_out, nothing if first else State(theta_out, m_out, v_out)
