@@ -207,6 +207,11 @@ class InnerConfig(Section):
         0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
     )
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
+    states: Literal["keep", "sqrt", "offload"] = Field(
+        "keep",
+        description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
+        "(from an accelerator: in host memory); changes nothing but memory and time",
+    )
 
 
 class AttributionConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import check, export, inspect, metrics, presets, report, resume, run, verify
+from dpg_cli.cli import attribute, check, export, inspect, metrics, presets, report, resume, run, verify
 
 app = typer.Typer(
     name="dpg",
@@ -25,6 +25,7 @@ app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.add_typer(export.app, name="export")
+app.command("attribute")(attribute.attribute)
 app.add_typer(presets.app, name="presets")
 app.add_typer(metrics.app, name="metrics")
 

@@ -21,6 +21,7 @@ from dpg_cli.engine.metagrad import inner_run, metagradient
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.tape import Memory
 from dpg_cli.engine.target import Normalization, TargetRun
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -61,12 +62,13 @@ class AttributionSpec:
 
 @dataclass(frozen=True)
 class InnerSettings:
-    """The inner run that every attribution shares: optimiser, B, the loss's normaliser, rows in memory at once."""
+    """The inner run that every attribution shares: optimiser, B, the loss's normaliser, rows in memory at once, states kept."""
 
     optimizer: OptimizerSpec
     batch_size: int
     normalization: Normalization = "token"
     micro_batch: int = 0
+    memory: Memory = "keep"
 
 
 def split(count: int, group_size: int, runs: int, cross_group: bool) -> list[Tensor]:
@@ -226,6 +228,7 @@ def _metagradient(
         normalization=inner.normalization,
         micro_batch=inner.micro_batch,
         labels=labels,
+        memory=inner.memory,
     )
 
 

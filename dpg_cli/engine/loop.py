@@ -23,6 +23,7 @@ from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
+from dpg_cli.engine.tape import Memory
 from dpg_cli.engine.target import Normalization
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models import LanguageModel
@@ -42,6 +43,7 @@ class LoopSpec:
         credit: "sequence", "token" or "expected".
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
+        states: which states of the inner run are kept, see `tape.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
         attribution: metagradient, or a control.
@@ -59,6 +61,7 @@ class LoopSpec:
     lr: float
     lr_warmup: int = 0
     lr_decay: float = 0.0
+    states: Memory = "keep"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
 
@@ -114,7 +117,7 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
         reading.examples,
         players.metric,
         spec.attribution,
-        InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch),
+        InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch, spec.states),
         group_size=rollout.group_size,
         labels=spec.credit == "expected",
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,

@@ -4,47 +4,66 @@
     reverse   (θ̄, m̄, v̄)_{t+1}  --adjoint of U-->  ḡ_t and direct parts of (θ̄, m̄, v̄)_t
               τ_is = mask_is <ḡ_t, ∇ℓ_is(θ_t)> / Z_t,        θ̄_t += ∇_θ <ḡ_t, ∇L_t(θ_t)>   (not at t = 0)
 
-Source: paper §3 for the reward, DESIGN §2 for the reverse pass. No graph spans two inner steps: memory is four vectors
-(θ_t, m_t, v_t, g_t) a step plus one micro-batch.
+Source: paper §3 for the reward, DESIGN §2 for the reverse pass. No graph spans two inner steps: memory is the states
+that the tape keeps (`tape.py`) plus one micro-batch. Adjoints are written over the states that they replace.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.detect import regime
-from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, update
+from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, no_vector, update
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.tape import KeepTape, Memory, OriginTape, Tape, make_tape
 from dpg_cli.engine.target import Normalization, TargetRun, dual_pass, loss_gradient
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 Progress = Callable[[str, int, int], None]  # phase, done, total
+SAMPLE = 1 << 20  # gradient entries that the median is taken of
 
 
 @dataclass(frozen=True)
 class InnerStep:
-    """One stored step of an inner run: the state before it, its gradient, its rows of the examples."""
+    """One stored step of an inner run: the state before it and its gradient."""
 
     before: State
     grad: Tensor
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
 class InnerRun:
-    """A finished inner run: the T stored steps, θ_T, and the loss of each step."""
+    """A finished inner run.
 
-    steps: list[InnerStep]
+    Attributes:
+        tape: the T steps; `reverse` uses it up.
+        batches: the rows (start, stop) of each step.
+        theta: θ_T.
+        losses: of each step.
+        gradient_median: median |g_0| over parameters with a gradient (of an even sample of about a million entries).
+    """
+
+    tape: Tape
+    batches: list[tuple[int, int]]
     theta: Tensor
     losses: list[float]
+    gradient_median: float
+
+    @property
+    def steps(self) -> list[InnerStep]:
+        """The stored steps, where all are kept in memory."""
+        if not isinstance(self.tape, KeepTape):
+            raise TypeError("only an inner run with memory='keep' has its steps at hand")
+        return [InnerStep(*step) for step in self.tape.steps]
 
 
 def inner_run(
@@ -55,6 +74,8 @@ def inner_run(
     weights_N: Tensor,
     batch_size: int,
     progress: Progress | None = None,
+    memory: Memory = "keep",
+    origin: Callable[[], Tensor] | None = None,
 ) -> InnerRun:
     """Fine-tune from θ_0 with fresh optimiser state, each example used once, in order.
 
@@ -65,18 +86,53 @@ def inner_run(
         spec: the inner optimiser.
         weights_N: data weights.
         batch_size: B; the last batch may be smaller. T = ceil(N / B).
+        memory: which states are kept, see `tape.py`.
+        origin: gives θ_0 again, so that it need not be kept.
     """
+    batches = [(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
+    total = len(batches)
+
+    def gradient(number: int, at: Tensor) -> tuple[Tensor, float]:
+        start, stop = batches[number]
+        return loss_gradient(run, at, examples.rows(start, stop), weights_N[start:stop])
+
+    tape = make_tape(
+        memory,
+        total,
+        theta,
+        lambda number, at: gradient(number, at if len(at) or origin is None else origin())[0],
+        lambda number, state, grad: update(
+            spec, state if len(state.theta) or origin is None else state._replace(theta=origin()), grad, number
+        ),
+    )
+    if origin is not None:
+        tape = OriginTape(tape, origin)
     state = initial_state(spec, theta)
-    steps, losses = [], []
-    for step, start in enumerate(range(0, len(examples), batch_size)):
-        stop = min(start + batch_size, len(examples))
-        grad, loss = loss_gradient(run, state.theta, examples.rows(start, stop), weights_N[start:stop])
-        steps.append(InnerStep(state, grad, start, stop))
+    del theta
+    losses, median = [], 0.0
+    for number in range(total):
+        grad, loss = gradient(number, state.theta)
+        tape.record(number, state, grad)
         losses.append(loss)
-        state = update(spec, state, grad, step)
+        if number == 0:
+            median = gradient_median(grad)
+        state = update(spec, state, grad, number, last=number == total - 1)
+        del grad
         if progress is not None:
-            progress("forward", step + 1, -(-len(examples) // batch_size))
-    return InnerRun(steps, state.theta, losses)
+            progress("forward", number + 1, total)
+    return InnerRun(tape, batches, state.theta, losses, median)
+
+
+def gradient_median(grad: Tensor) -> float:
+    """Median of |g| over entries that are not zero, of at most about a million evenly spaced ones."""
+    sample = grad[:: max(1, len(grad) // SAMPLE)].abs()
+    moved = sample[sample > 0]
+    return float(moved.median()) if moved.numel() else 0.0
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite, without a mask of the tensor's size."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tuple[float, Tensor]:
@@ -85,8 +141,10 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     Raises:
         DegenerateError: if Φ is no finite scalar, its gradient is not finite, or Φ does not depend on the parameters.
     """
-    leaves = {name: view.detach().requires_grad_() for name, view in run.space.views(theta).items()}
-    value = metric(leaves, run.model)
+    flat = torch.zeros_like(theta)
+    leaves = run.leaves(theta, flat)
+    with torch.enable_grad():
+        value = metric(leaves, run.model)
     if value.ndim != 0 or not torch.isfinite(value):
         raise DegenerateError(
             f"The target metric gave {value.detach().reshape(-1)[:3].tolist()} of shape {tuple(value.shape)} "
@@ -95,9 +153,8 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
         )
     if not value.requires_grad:
         raise DegenerateError("The target metric does not depend on the target's parameters.", "Correct the metric.")
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    flat = run.space.flatten(grads, theta)
-    if not torch.isfinite(flat).all():
+    torch.autograd.backward(value, inputs=list(leaves.values()))
+    if not all_finite(flat):
         raise DegenerateError("The target metric's gradient is not finite.", "Correct the metric, or lower inner.lr.")
     return float(value.detach()), flat
 
@@ -113,6 +170,7 @@ def metagradient(
     normalization: Normalization = "token",
     micro_batch: int = 0,
     labels: bool = False,
+    memory: Memory = "keep",
     progress: Progress | None = None,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
@@ -125,8 +183,10 @@ def metagradient(
         batch_size: B; 0 takes all examples in one step (T = 1).
         weights_N: data weights w, all 1 when None.
         normalization: Z_t, see `TargetRun`.
-        micro_batch: rows in memory at once; changes nothing beyond rounding.
+        micro_batch: rows in memory at once; changes nothing beyond rounding. 0: see `TargetRun`.
         labels: also return the credit of every label, (N, S, V) numbers.
+        memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
+            accelerator: into host memory). Changes time and memory, not the result.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
 
     Returns:
@@ -143,17 +203,19 @@ def metagradient(
     model.eval()
     try:
         run = TargetRun(model, ParameterSpace(model), normalization, examples.ids_N_S.shape[1], micro_batch)
-        theta = run.space.read(model)
-        weights = theta.new_ones(len(examples)) if weights_N is None else weights_N.to(theta)
-        trace = inner_run(run, theta, examples, optimizer, weights, batch_size or len(examples), progress)
-        if not torch.isfinite(trace.theta).all():
+        read = partial(run.space.read, model)
+        like = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
+        weights = weights.to(like)
+        trace = inner_run(
+            run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read
+        )
+        if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
-        refuse_divergence(theta, trace.theta)
+        refuse_divergence(run, trace.theta)
         value, theta_bar = metric_gradient(run, trace.theta, metric)
-        token_N_S, label_N_S_V = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
+        token_N_S, label_N_S_V, stats = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
         final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
-        first = trace.steps[0].grad.abs()
-        moved = first[first > 0]
         return Metagradient(
             value=value,
             measures=metric.measures(final, model),
@@ -161,25 +223,35 @@ def metagradient(
             token_N_S=token_N_S,
             label_N_S_V=label_N_S_V,
             final=final,
-            gradient_median=float(moved.median()) if moved.numel() else 0.0,
-            stats=regime(optimizer, trace.steps[0].grad, theta_bar),
+            gradient_median=trace.gradient_median,
+            stats=stats,
         )
     finally:
         model.train(training)
 
 
-def refuse_divergence(before: Tensor, after: Tensor) -> None:
+def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
     """Stop where fine-tuning left nothing of the target, though all numbers are still finite.
 
     A single inner step never evaluates the weights that it makes, so an absurd learning rate gives finite nonsense.
 
+    Args:
+        run: its model's own parameters are θ_0.
+        theta: θ_T, shape (n,).
+
     Raises:
         DegenerateError: if θ moved by `RUNAWAY` times its own size (root mean squares over all weights).
     """
-    size, moved = (float(vector.double().square().mean().sqrt()) for vector in (before, after - before))
-    if moved > RUNAWAY * size > 0:
+    parameters = dict(run.model.named_parameters())
+    size = moved = 0.0
+    for name, after in run.space.views(theta).items():
+        before = parameters[name].detach()
+        for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
+            size += float(old.double().square().sum())
+            moved += float((new - old).double().square().sum())
+    if moved > RUNAWAY**2 * size > 0:
         raise DegenerateError(
-            f"The inner run diverged: it moved the target's weights by {moved / size:.1e} times their own size.",
+            f"The inner run diverged: it moved the target's weights by {(moved / size) ** 0.5:.1e} times their own size.",
             "Lower inner.lr.",
         )
 
@@ -193,48 +265,59 @@ def reverse(
     theta_bar: Tensor,
     labels: bool = False,
     progress: Progress | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
     """Walk the inner run backwards from ∂Φ/∂θ_T.
 
     Args:
-        theta_bar: ∂Φ/∂θ_T, shape (n,).
+        trace: the inner run; its tape is used up.
+        theta_bar: ∂Φ/∂θ_T, shape (n,); used up.
         labels: also return the credit of every label.
 
     Returns:
-        τ_is, shape (N, S), and τ_is(y), shape (N, S, V), or None.
+        τ_is, shape (N, S); τ_is(y), shape (N, S, V), or None; how far the first update is from sign(g).
 
     Raises:
         DegenerateError: if a metagradient is not finite.
     """
     tokens = theta_bar.new_zeros(examples.ids_N_S.shape)
     every: Tensor | None = None
-    bar = State(theta_bar, torch.zeros_like(theta_bar), torch.zeros_like(trace.steps[0].before.v))
-    for number in reversed(range(len(trace.steps))):
-        step = trace.steps[number]
-        grad_bar, bar = adjoint(optimizer, bar, step.before, step.grad, number)
-        batch = examples.rows(step.start, step.stop)
-        rows, width = slice(step.start, step.stop), batch.ids_N_S.shape[1]
+    total = len(trace.batches)
+    nothing = no_vector(theta_bar)
+    bar = State(theta_bar, nothing, nothing)
+    del theta_bar
+    stats: dict[str, float] = {}
+    for number in reversed(range(total)):
+        before, grad = trace.tape.pop()
+        if number == 0:
+            stats = regime(optimizer, grad, bar.theta)
+        grad_bar, bar = adjoint(optimizer, bar, before, grad, number, consume=True, first=number == 0)
+        theta = before.theta
+        del before, grad
+        start, stop = trace.batches[number]
+        batch, rows = examples.rows(start, stop), slice(start, stop)
+        width = batch.ids_N_S.shape[1]
         dual = dual_pass(
             run,
-            step.before.theta,
+            theta,
             grad_bar,
             batch,
             weights_N[rows],
             need_hvp=number > 0,
             need_labels=labels,
+            hvp_into=bar.theta if number else None,
         )
         tokens[rows, :width] = dual.token_B_S
-        if dual.label_B_S_V is not None:
+        if dual.label_B_S_V is not None and dual.label_B_S_V.shape[:2] == tokens.shape:
+            every = dual.label_B_S_V
+        elif dual.label_B_S_V is not None:
             if every is None:
                 every = tokens.new_zeros(*tokens.shape, dual.label_B_S_V.shape[-1])
             every[rows, :width] = dual.label_B_S_V
-        if dual.hvp is not None:
-            bar = State(bar.theta + dual.hvp, bar.m, bar.v)
         if progress is not None:
-            progress("reverse", len(trace.steps) - number, len(trace.steps))
-    if not torch.isfinite(tokens).all():
+            progress("reverse", total - number, total)
+    if not all_finite(tokens):
         raise DegenerateError(
             "Metagradients are not finite.",
             "Lower inner.lr or raise inner.eps_root; with inner.eps = 0 the update has no derivative at zero.",
         )
-    return tokens, every
+    return tokens, every, stats

@@ -207,6 +207,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr=policy.lr,
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
+        states=inner.states,
         max_length=inner.max_length,
         attribution=attribution_spec(config),
     )

@@ -14,9 +14,9 @@ import torch
 
 from dpg_cli.config import Config
 from dpg_cli.runs.build import build
+from dpg_cli.runs.memory import BASE_BYTES, Need, check_memory
 
 EFFICIENCY = 0.23  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
-BASE_MB = 450  # resident memory of Python, torch and transformers before any model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
         named_metric: what the user gave as --metric.
 
     Raises:
-        UsageError: whatever `dpg run` would refuse.
+        UsageError: whatever `dpg run` would refuse, and a need of more memory than the machine has.
     """
     built = build(config, named_metric)
     generator, target = built.players.generator, built.players.target
@@ -80,15 +80,24 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
     inner_runs = 1 + (method in ("sgd", "naive") or (method == "metagradient" and config.attribution_runs > 1))
     flops = (1 + 3) * forward_g + 3 * inner_runs * forward_t + reverse
     element = 8 if config.models.dtype == "float64" else 4
-    states = (4 * steps + 5) * target.parameter_count + 4 * generator.parameter_count
-    vocabulary, width = target.head.shape
-    layers = getattr(target.model.config, "num_hidden_layers", 12)
-    rows = max(
-        min(config.inner.micro_batch, config.inner.batch_size), min(config.policy.minibatch, config.examples_per_step)
+    vocabulary, width = generator.head.shape
+    layers = getattr(generator.model.config, "num_hidden_layers", 12)
+    rows = min(config.policy.minibatch, config.examples_per_step)
+    policy = rows * (config.rollout.max_tokens + 1) * (6 * vocabulary + layers * 60 * width)
+    credits = tokens * target.head.shape[0] if config.credit.mode == "expected" else 0
+    always = (4 * generator.parameter_count + credits) * element
+    need = Need.of(
+        target,
+        steps,
+        min(config.inner.micro_batch, config.inner.batch_size, config.examples_per_step),
+        config.rollout.max_tokens + 1,
+        config.inner.states,
     )
-    per_token = 6 * vocabulary + layers * 60 * width
-    activations = rows * (config.rollout.max_tokens + 1) * per_token
-    credits = tokens * vocabulary if config.credit.mode == "expected" else 0
+    # The metagradient and the policy step follow each other: the larger of the two counts.
+    other = always + max(0.0, policy * element - need.bytes)
+    check_memory(
+        need, built.device, states_flag="--set inner.states=", rows_flag="--set inner.micro_batch=", other=other
+    )
     seconds = flops / (matmul_rate(built.device) * EFFICIENCY)
     return Cost(
         generator.parameter_count,
@@ -97,7 +106,7 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
         tokens,
         steps,
         flops,
-        BASE_MB + (states + activations + credits) * element / 1e6,
+        (BASE_BYTES + need.bytes + other) / 1e6,
         seconds,
         seconds * config.steps,
     )

@@ -1,0 +1,133 @@
+"""Peak memory of the metagradient, predicted from sizes, and refused with advice where the machine has less.
+
+With n parameters, T inner steps and segments of K = ⌈√T⌉ steps, the vectors of n numbers that live at once are (the model
+itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
+
+    keep  4T + 1        sqrt  3 ⌈T/K⌉ + 4K + 5        offload  10
+
+Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
+layer. The LM head takes a few chunks of logits, whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dpg_cli.engine.head import CHUNK
+from dpg_cli.engine.tape import Memory
+from dpg_cli.errors import UsageError
+from dpg_cli.models import LanguageModel
+
+BASE_BYTES = 450e6  # resident memory of Python, torch and transformers before any model
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an inner run and its reverse pass hold at once.
+
+    Attributes:
+        parameters: n.
+        element: bytes of a number.
+        steps: T.
+        states: which states are kept.
+        rows, length: of a micro-batch: examples, tokens of each.
+        layers, width, heads: of the target.
+        extra: bytes besides, such as credits of every label.
+    """
+
+    parameters: int
+    element: int
+    steps: int
+    states: Memory
+    rows: int
+    length: int
+    layers: int
+    width: int
+    heads: int
+    extra: float = 0.0
+
+    @classmethod
+    def of(cls, target: LanguageModel, steps: int, rows: int, length: int, states: Memory, extra: float = 0.0) -> Need:
+        """The need of a target's run."""
+        config, width = target.model.config, target.head.shape[1]
+        return cls(
+            parameters=target.parameter_count,
+            element=target.head.element_size(),
+            steps=steps,
+            states=states,
+            rows=rows,
+            length=length,
+            layers=getattr(config, "num_hidden_layers", 12),
+            width=width,
+            heads=getattr(config, "num_attention_heads", 12),
+            extra=extra,
+        )
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of n numbers at the peak."""
+        segment = math.isqrt(max(0, self.steps - 1)) + 1
+        kept = {"keep": 4 * self.steps + 1, "sqrt": 3 * -(-self.steps // segment) + 4 * segment + 5, "offload": 10}
+        return min(kept[self.states], kept["keep"])
+
+    @property
+    def bytes(self) -> float:
+        """The peak, without what Python and its libraries take."""
+        tokens = self.rows * self.length
+        activations = tokens * self.layers * (40 * self.width + 3 * self.heads * self.length)
+        return (self.vectors * self.parameters + activations + 5 * CHUNK) * self.element + self.extra
+
+
+def machine_bytes(device: torch.device) -> float:
+    """Memory of the device: of the accelerator, or of the machine as far as a control group lets it be used."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, float(Path(name).read_text()))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+    return total
+
+
+def check_memory(need: Need, device: torch.device, *, states_flag: str, rows_flag: str, other: float = 0.0) -> None:
+    """Refuse what will not fit.
+
+    Args:
+        need: of the inner run.
+        device: where it runs.
+        states_flag, rows_flag: what the user would type to choose the states and the micro-batch.
+        other: bytes besides, such as the generator's.
+
+    Raises:
+        UsageError: with the cheapest change that would fit, if there is one.
+    """
+    base = BASE_BYTES if device.type == "cpu" else 0.0
+    limit = machine_bytes(device)
+    peak = base + need.bytes + other
+    if peak <= limit:
+        return
+    advice = "Take a smaller target, or a machine with more memory."
+    for states in ("sqrt", "offload"):
+        for rows in (need.rows, 1):
+            changed = replace(need, states=states, rows=rows)
+            if changed.vectors <= need.vectors and base + changed.bytes + other <= limit:
+                smaller = f" and {rows_flag}1" if rows != need.rows else ""
+                choice = f"{states_flag}{states}{smaller}" if states != need.states else f"{rows_flag}1"
+                raise UsageError(
+                    _refused(peak, limit, need), f"{choice} takes {(base + changed.bytes + other) / 1e9:.1f} GB."
+                )
+    raise UsageError(_refused(peak, limit, need), advice)
+
+
+def _refused(peak: float, limit: float, need: Need) -> str:
+    return (
+        f"This needs about {peak / 1e9:.1f} GB of memory and the machine has {limit / 1e9:.1f}: "
+        f"{need.vectors} vectors of {need.parameters:,} numbers for {need.steps} inner steps."
+    )

@@ -1,0 +1,205 @@
+"""The engine's fast paths against plain PyTorch in float64, and the choices of memory against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import HeldOutLoss, make_examples, make_target
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, metagradient
+from dpg_cli.engine import head as head_module
+from dpg_cli.engine import tape as tape_module
+from dpg_cli.engine.dual import fused_activations
+from dpg_cli.engine.dual_forms import ACTIVATIONS, Activation
+from dpg_cli.engine.head import find_head
+from dpg_cli.engine.metagrad import inner_run
+from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.tape import SqrtTape
+from dpg_cli.engine.target import TargetRun, dual_pass, loss_gradient
+from dpg_cli.errors import UsageError
+
+ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, eps_root=1e-5, weight_decay=0.1)
+SGD = OptimizerSpec("sgd", lr=0.1, momentum=0.5, weight_decay=0.01)
+METRIC = HeldOutLoss(make_examples(4, seed=9))
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    assert reference.norm() > 1e-12
+    return float(((value - reference).norm() / reference.norm()).detach())
+
+
+def plain_reference(
+    run: TargetRun, theta: Tensor, direction: Tensor, batch: Examples, weights: Tensor
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Loss, gradient, Hessian-vector product and token credits by nothing but autograd, differentiated twice."""
+    leaf = theta.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        kwargs = {"input_ids": batch.ids_N_S, "use_cache": False}
+        logits = functional_call(run.model, run.space.views(leaf), (), kwargs).logits[:, :-1]
+    losses = -torch.log_softmax(logits, -1).gather(-1, batch.ids_N_S[:, 1:, None])[..., 0]
+    losses = losses * batch.label_N_S[:, 1:] / run.normalizer(batch)
+    loss = (losses.sum(1) * weights).sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (product,) = torch.autograd.grad(grad @ direction, leaf, retain_graph=True)
+    tokens = torch.zeros(batch.ids_N_S.shape, dtype=theta.dtype)
+    for row, column in batch.label_N_S.nonzero().tolist():
+        (one,) = torch.autograd.grad(losses[row, column - 1], leaf, retain_graph=True)
+        tokens[row, column] = one @ direction
+    return float(loss.detach()), grad.detach(), product, tokens
+
+
+@pytest.mark.parametrize("closed_head", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_both_passes_equal_double_backward(
+    architecture: str, tied: bool, closed_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK", 29 * 4)  # four tokens a chunk
+    model, batch = make_target(architecture, tied=tied), make_examples(5)
+    rng = torch.Generator().manual_seed(3)
+    weights = 1 + torch.rand(5, dtype=torch.float64, generator=rng)
+    run = TargetRun(model, ParameterSpace(model), "token", batch.ids_N_S.shape[1], 2, closed_head)
+    assert (run.head is not None) == closed_head
+    theta = run.space.read(model)
+    direction = torch.randn(len(theta), dtype=torch.float64, generator=rng)
+    loss, grad, product, tokens = plain_reference(run, theta, direction, batch, weights)
+
+    fast_grad, fast_loss = loss_gradient(run, theta, batch, weights)
+    assert abs(fast_loss - loss) < 1e-12
+    assert relative(fast_grad, grad) < 1e-9
+    into = torch.ones_like(theta)
+    dual = dual_pass(run, theta, direction, batch, weights, need_hvp=True, need_labels=True, hvp_into=into)
+    assert dual.hvp is into
+    assert relative(into - 1, product) < 1e-9
+    assert relative(dual.token_B_S, tokens) < 1e-9
+    assert dual.label_B_S_V is not None
+    assert relative(dual.label_B_S_V.gather(-1, batch.ids_N_S[..., None])[..., 0], tokens) < 1e-9
+    assert bool((dual.label_B_S_V[~batch.label_N_S] == 0).all())
+    cheap = dual_pass(run, theta, direction, batch, weights, need_hvp=False, need_labels=False)
+    assert cheap.hvp is None
+    assert relative(cheap.token_B_S, tokens) < 1e-9
+
+
+@pytest.mark.parametrize("frozen", ["transformer", "lm_head", "transformer.wte"])
+def test_frozen_parts_stay_out(frozen: str) -> None:
+    model, batch = make_target("gpt2", tied=False), make_examples(5)
+    model.get_submodule(frozen).requires_grad_(False)
+    weights = torch.ones(5, dtype=torch.float64)
+    run = TargetRun(model, ParameterSpace(model), "token", batch.ids_N_S.shape[1])
+    theta = run.space.read(model)
+    direction = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, grad, product, tokens = plain_reference(run, theta, direction, batch, weights)
+    assert relative(loss_gradient(run, theta, batch, weights)[0], grad) < 1e-9
+    dual = dual_pass(run, theta, direction, batch, weights, need_hvp=True, need_labels=False)
+    assert dual.hvp is not None
+    assert relative(dual.hvp, product) < 1e-9
+    assert relative(dual.token_B_S, tokens) < 1e-9
+
+
+class Scaled(nn.Linear):
+    """A head that no closed form knows."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 3 * torch.tanh(super().forward(hidden) / 3)
+
+
+def test_unusual_heads_take_the_plain_path() -> None:
+    model = make_target("gpt2", tied=False)
+    assert find_head(model) is not None
+    model.config.final_logit_softcapping = 30.0
+    assert find_head(model) is None
+    del model.config.final_logit_softcapping
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    assert find_head(model) is None
+    handle.remove()
+    assert find_head(model) is not None
+    odd = make_target("gpt2", tied=False)
+    head = Scaled(16, 29, bias=False).double()
+    head.weight = odd.lm_head.weight
+    odd.lm_head = head
+    assert find_head(odd) is None
+    examples = make_examples(7)
+    result = metagradient(odd, examples, ADAMW, METRIC, batch_size=3)
+    h, slopes = 1e-4, []
+    for i in (0, 6):
+        values = []
+        for k in (-2, -1, 1, 2):
+            weights = torch.ones(7, dtype=torch.float64)
+            weights[i] += k * h
+            values.append(metagradient(odd, examples, ADAMW, METRIC, batch_size=3, weights_N=weights).value)
+        a, b, c, d = values
+        slopes.append((a - 8 * b + 8 * c - d) / (12 * h))
+    assert relative(result.example_N[[0, 6]], torch.tensor(slopes, dtype=torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_have_right_first_and_second_derivatives(name: str) -> None:
+    plain = {
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }[name]
+    x = torch.linspace(-6, 6, 70_001, dtype=torch.float64, requires_grad=True)  # more than one block
+    rng = torch.Generator().manual_seed(0)
+    tangent, bar, bar_t = (torch.randn(x.shape, dtype=torch.float64, generator=rng) for _ in range(3))
+    tangent.requires_grad_()
+    value, value_t = Activation.apply(x, tangent, name)
+    got = torch.autograd.grad((value, value_t), (x, tangent), (bar, bar_t))
+    ones = torch.ones_like(x)
+    (slope,) = torch.autograd.grad(plain(x), x, ones, create_graph=True)
+    assert relative(value.detach(), plain(x).detach()) < 1e-14
+    assert relative(value_t.detach(), (slope * tangent).detach()) < 1e-12
+    expected = torch.autograd.grad((plain(x), slope * tangent), (x, tangent), (bar, bar_t))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative(mine, theirs) < 1e-12
+
+
+def test_fused_activations_equal_the_spelled_ones_and_go_again() -> None:
+    model, ids = make_target("gpt2", tied=True), make_examples(3).ids_N_S
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with fused_activations(model):
+            inside = model(input_ids=ids).logits
+    assert relative(inside, before) < 1e-14
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def attribution(examples: Examples, spec: OptimizerSpec, **options: object) -> Metagradient:
+    return metagradient(make_target("gpt2", tied=True), examples, spec, METRIC, batch_size=2, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("count", [1, 4, 15, 20])  # T = 1, 2, 8, 10
+def test_every_choice_of_memory_gives_the_same(count: int, spec: OptimizerSpec) -> None:
+    examples = make_examples(count)
+    kept = attribution(examples, spec, labels=True)
+    for memory in ("sqrt", "offload"):
+        other = attribution(examples, spec, labels=True, memory=memory)
+        assert torch.equal(other.token_N_S, kept.token_N_S)
+        assert other.label_N_S_V is not None
+        assert torch.equal(other.label_N_S_V, kept.label_N_S_V)
+        assert all(torch.equal(other.final[name], value) for name, value in kept.final.items())
+        assert other.value == kept.value
+
+
+def test_sqrt_keeps_few_states_at_a_time() -> None:
+    model, examples = make_target("gpt2", tied=True), make_examples(33)
+    run = TargetRun(model, ParameterSpace(model), "token", examples.ids_N_S.shape[1])
+    trace = inner_run(run, run.space.read(model), examples, ADAMW, torch.ones(33).double(), 1, memory="sqrt")
+    tape = trace.tape
+    assert isinstance(tape, SqrtTape)
+    most = len(tape.checkpoints) + len(tape.segment)
+    for _ in range(33):
+        tape.pop()
+        most = max(most, len(tape.checkpoints) + len(tape.segment))
+    assert most <= 2 * 6 + 1
+    assert (tape.checkpoints, tape.segment) == ([], [])
+
+
+def test_offload_refuses_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UsageError, match="TMPDIR"):
+        attribution(make_examples(4), ADAMW, memory="offload")
