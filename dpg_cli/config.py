@@ -9,18 +9,21 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID, uuid4
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
 
 PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+FRESH = "fresh"  # in place of a UUID: a new one
 DEEPEST = 8  # levels of tables and lists in settings
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class Section(BaseModel):
@@ -81,15 +84,39 @@ class TextLossOptions(Section):
     language: Literal["", "en", "es", "de", "fr", "it"] = Field(
         "", description="held-out sentences of the embedded world"
     )
-    file: str = Field("", description="text file with a document a line")
+    file: str = Field(
+        "",
+        description="text, JSONL or parquet file, datasets folder or hub dataset, or lm-eval:TASK; with a language, "
+        "{language} in it stands for that, and verification looks for that language",
+    )
     text: str = Field("", description="one document")
+    uuid: str = Field("", description="one document that is this UUID; `fresh` draws a new one when a run begins")
     documents: PositiveInt = Field(256, description="documents taken from the language or file")
+
+    @field_validator("uuid")
+    @classmethod
+    def _canonical(cls, value: str) -> str:
+        if value in ("", FRESH):
+            return value
+        try:
+            return str(UUID(value))
+        except ValueError:
+            raise ValueError(
+                f"{value[:60]!r} is no UUID; give 32 hexadecimal digits as 8-4-4-4-12, or leave it out for a fresh one"
+            ) from None
 
     @model_validator(mode="after")
     def _one_source(self) -> TextLossOptions:
-        if bool(self.language) + bool(self.file) + bool(self.text) != 1:
-            raise ValueError("give exactly one of language, file and text")
+        if bool(self.language or self.file) + bool(self.text) + bool(self.uuid) != 1:
+            raise ValueError("give exactly one of language (or file, or both), text and uuid")
+        if "{language}" in self.file and not self.language:
+            raise ValueError("file names {language}, and no language is given")
         return self
+
+    @property
+    def document(self) -> str:
+        """The one document of `text` or `uuid`, else empty."""
+        return self.text or self.uuid
 
 
 METRIC_NAMES = ("pattern", "norm", "text-loss")
@@ -100,9 +127,27 @@ class PromptsConfig(Section):
     """Where prompts come from and how many an outer step takes."""
 
     source: str = Field(
-        "tiny", description="`tiny`, `empty`, or a file with a prompt a line (.txt) or a `prompt` field (.jsonl)"
+        "tiny",
+        description="`tiny`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
     )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")
+    limit: Count = Field(
+        0, description="only the first so many prompts of a source; 0: all. Hub datasets are then streamed"
+    )
+    holdout: Count = Field(0, description="prompts at the end of a source, kept for evaluation alone")
+    max_tokens: Count = Field(0, description="prompts are cut after so many tokens of the generator; 0: never")
+    instruction: str = Field("", description="what the generator is asked, with {text} where the prompt goes")
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto", description="wrap prompts by the generator's chat template; auto: where it has one"
+    )
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if value and "{text}" not in value:
+            raise ValueError("has no {text} where the prompt goes")
+        return value
 
 
 class RolloutConfig(Section):
@@ -128,6 +173,9 @@ class InnerConfig(Section):
     momentum: Decay = Field(0.0, description="SGD only")
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
+    max_length: Count = Field(
+        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
+    )
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
 
 
@@ -233,6 +281,20 @@ def validate(data: dict[str, Any]) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError([_fault(item) for item in error.errors()]) from None
+
+
+def settle(config: Config, known: Config | None = None) -> Config:
+    """The settings with what they leave to chance drawn: a `fresh` UUID becomes a certain one.
+
+    Args:
+        config: the settings.
+        known: settings of a run that goes on, whose UUID is taken over.
+    """
+    metric = config.metric
+    if not isinstance(metric, TextLossOptions) or metric.uuid != FRESH:
+        return config
+    drawn = known.metric.uuid if known is not None and isinstance(known.metric, TextLossOptions) else str(uuid4())
+    return config.model_copy(update={"metric": metric.model_copy(update={"uuid": drawn})})
 
 
 def _fault(item: Any) -> str:

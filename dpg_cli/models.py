@@ -6,7 +6,6 @@ Nothing is unpickled and no remote code runs: weights come from safetensors, cla
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dpg_cli.chat import end_tokens
 from dpg_cli.config import ModelsConfig
 from dpg_cli.errors import UsageError
+from dpg_cli.hub import first_line, offline_note, unreachable
 from dpg_cli.tiny import MODEL_DIR
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class LanguageModel:
         name: how the user named it.
         eos_id: end-of-sequence token.
         pad_id: padding token; the end-of-sequence token where the tokeniser has none.
+        end_ids: all tokens that end a completion, `eos_id` first: an instruct model also has an end of turn.
     """
 
     model: PreTrainedModel
@@ -40,6 +45,7 @@ class LanguageModel:
     name: str
     eos_id: int
     pad_id: int
+    end_ids: tuple[int, ...] = ()
 
     @property
     def bos_id(self) -> int | None:
@@ -50,6 +56,16 @@ class LanguageModel:
     def head(self) -> torch.Tensor:
         """The LM head's weight, (V, width)."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that the model reads, in tokens; None where its architecture sets no limit.
+
+        A sliding attention window is no limit: tokens beyond it are read, only not looked back at.
+        """
+        config = self.model.config.get_text_config()
+        found = (getattr(config, name, None) for name in CONTEXT_NAMES)
+        return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
     @property
     def parameter_count(self) -> int:
@@ -65,16 +81,20 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    remedy = "Use --device cpu, or leave it at auto."
+    if name.partition(":")[0] not in DEVICES:
+        raise UsageError(
+            f"Device {name!r} cannot be used: there is no such kind.", f"Kinds: auto, {', '.join(DEVICES)}."
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(
-            f"Device {name!r} cannot be used: {reason}.", "Use --device cpu, or leave it at auto."
-        ) from None
+        reason = first_line(error).partition(". ")[0]
+        reason = reason if len(reason) < 100 else "this machine has none, or torch is built without it"
+        raise UsageError(f"Device {name!r} cannot be used: {reason}.", remedy) from None
     return device
 
 
@@ -131,12 +151,7 @@ def load(
             else:
                 model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise UsageError(
-            f"The model {name!r} cannot be loaded{offline}: {reason.strip().rstrip('.')[:300]}.",
-            "Name `tiny`, a folder that save_pretrained wrote, or a hub model that this machine can reach.",
-        ) from None
+        raise _refusal(name, error) from None
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UsageError(
@@ -144,7 +159,28 @@ def load(
         )
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     pad = tokenizer.pad_token_id
-    return LanguageModel(model, tokenizer, name, eos, eos if pad is None else pad)
+    ends = end_tokens(
+        tokenizer, getattr(model, "generation_config", None), model.get_output_embeddings().weight.shape[0]
+    )
+    return LanguageModel(model, tokenizer, name, eos, eos if pad is None else pad, ends)
+
+
+def _refusal(name: str, error: Exception) -> UsageError:
+    """What a model that cannot be loaded is refused with."""
+    if unreachable(error) and not Path(name).expanduser().exists():
+        return UsageError(
+            f"The model {name!r} cannot be loaded: it is not on this machine, and the hub cannot be reached{offline_note()}.",
+            "Name `tiny`, a folder that save_pretrained wrote, or run where the hub can be reached.",
+        )
+    if type(error.__cause__ or error).__name__ == "GatedRepoError":
+        return UsageError(
+            f"The model {name!r} cannot be loaded: its owner asks for consent first.",
+            f"Accept the terms at https://huggingface.co/{name}, then `hf auth login`.",
+        )
+    return UsageError(
+        f"The model {name!r} cannot be loaded: {first_line(error)}.",
+        "Name `tiny`, a folder that save_pretrained wrote, or a hub model that this machine can reach.",
+    )
 
 
 def untie_head(model: PreTrainedModel) -> None:
@@ -159,8 +195,10 @@ def untie_head(model: PreTrainedModel) -> None:
 
 
 def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
-    """Whether two models give every token the same id."""
-    return first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    """Whether two models give every token the same id, and have as many ids."""
+    if first.head.shape[0] != second.head.shape[0]:
+        return False
+    return first.tokenizer is second.tokenizer or first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
 
 
 def load_generator(models: ModelsConfig, device: torch.device) -> LanguageModel:

@@ -13,7 +13,8 @@ from typing import Any
 from dpg_cli.config import DEEPEST, Config, depth, load_toml, shown, validate
 from dpg_cli.errors import UsageError
 
-SOURCES = {"image", "text", "rows", "language", "file"}  # what a metric's effect can be given by
+SOURCES = {"image", "text", "rows", "uuid"}  # what a metric's effect can be given by, one alone
+TOGETHER = {"language", "file"}  # or by these, which go together: texts, and the language they are in
 _HERE = Path(__file__).resolve().parent
 
 
@@ -76,15 +77,19 @@ def find(name: str) -> Preset:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with those of `over` put on top.
 
-    A metric's sources (image, text, ...) exclude each other, so one in `over` replaces whichever `base` has.
+    A metric's sources (image, text, ...) exclude each other, so one in `over` replaces whichever `base` has. A language
+    alone also replaces a file, unless the file's name has a place for it: `lm-eval:some_task_{language}`.
     """
     merged = dict(base)
     metric, new = merged.get("metric"), over.get("metric")
     if isinstance(metric, dict) and isinstance(new, dict):
         if new.get("name", metric.get("name")) != metric.get("name"):
             metric = {}
-        elif SOURCES & new.keys():
-            metric = {key: value for key, value in metric.items() if key not in SOURCES}
+        else:
+            gone = SOURCES | TOGETHER if SOURCES & new.keys() else SOURCES if TOGETHER & new.keys() else set()
+            if "language" in new and "{language}" not in str(metric.get("file", "")):
+                gone = gone | {"file"}
+            metric = {key: value for key, value in metric.items() if key not in gone}
         merged["metric"] = metric
     for key, value in over.items():
         known = merged.get(key)

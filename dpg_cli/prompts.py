@@ -1,58 +1,50 @@
-"""Prompt sources: the embedded world, or a user's text or JSONL file; drawn in a shuffled order that a seed fixes."""
+"""Prompt pools: the embedded world, or a user's own source; drawn in a shuffled order that a seed fixes."""
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
+from array import array
+from collections.abc import Sequence
 from typing import Literal
 
 from dpg_cli.errors import UsageError
+from dpg_cli.sources import open_texts
+from dpg_cli.texts import ListedTexts, Part, Texts
 from dpg_cli.tiny import world
 
 TINY_PROMPTS = 4096
+KEYS = ("prompt", "text")  # columns to look for where a source names none
 
 
-def load_prompts(source: str, *, split: Literal["train", "eval"] = "train") -> list[str]:
-    """All prompts of a source.
+def load_prompts(
+    source: str, *, split: Literal["train", "eval"] = "train", limit: int = 0, holdout: int = 0
+) -> Sequence[str]:
+    """The prompts of a source.
 
     Args:
-        source: `tiny`; `empty` for one empty prompt (the generator writes unprompted); a `.jsonl` file whose lines have a
-            `prompt` string; any other file has a prompt a line.
-        split: "train" or "eval", for `tiny` only.
+        source: `tiny`; `empty` for one empty prompt (the generator writes unprompted); else see `sources`.
+        split: "train" or "eval". `tiny` has evaluation prompts of its own; of another source they are the last
+            `holdout` prompts, or the same prompts where none are held out.
+        limit: only the first so many prompts of the source; 0 takes all.
+        holdout: prompts at the end of the source that training leaves alone.
 
     Raises:
-        UsageError: if the file cannot be read, or has no prompt.
+        UsageError: if the source cannot be read, or has too few prompts.
     """
     if source == "tiny":
         return world.prompts(split, TINY_PROMPTS if split == "train" else 256, seed=0)
     if source == "empty":
         return [""]
-    path = Path(source).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
+    texts = open_texts(source, KEYS, split="train", what="prompts", flag="--prompts tiny, empty,", limit=limit)
+    if not holdout:
+        return texts
+    if holdout >= len(texts):
         raise UsageError(
-            f"The prompts {source} cannot be read: {error}.", "Name `tiny`, a text file or a JSONL file."
-        ) from None
-    if path.suffix == ".jsonl":
-        prompts = [_prompt_of(line, source, number) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"The prompts {source} are empty.", "Give at least one prompt.")
-    return prompts
-
-
-def _prompt_of(line: str, source: str, number: int) -> str:
-    """The `prompt` string of one JSON line."""
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise UsageError(f"{source}, line {number}: no JSON object with a `prompt` string.", "Correct that line.")
-    return prompt
+            f"The prompts {source} are {len(texts):,}; prompts.holdout = {holdout:,} leaves none to train on.",
+            "Give more prompts, or lower it with --set prompts.holdout=N.",
+        )
+    kept = len(texts) - holdout
+    return Part(texts, 0, kept) if split == "train" else Part(texts, kept, len(texts))
 
 
 class PromptSampler:
@@ -64,16 +56,22 @@ class PromptSampler:
         seed: of the order.
     """
 
-    def __init__(self, prompts: list[str], per_step: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[str], per_step: int, seed: int) -> None:
         self.prompts = prompts
         self.per_step = per_step
         self.seed = seed
+        self._orders: dict[int, array[int]] = {}  # by epoch, of the last steps asked for
 
     def at(self, step: int) -> list[str]:
         """The P prompts of an outer step."""
         size = len(self.prompts)
         places = range(step * self.per_step, (step + 1) * self.per_step)
-        orders: dict[int, list[int]] = {}
-        for epoch in {place // size for place in places}:
-            orders[epoch] = random.Random(f"prompts {self.seed} {epoch}").sample(range(size), size)
-        return [self.prompts[orders[place // size][place % size]] for place in places]
+        epochs = {place // size for place in places}
+        self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
+        pool = self.prompts if isinstance(self.prompts, Texts) else ListedTexts(self.prompts)
+        return pool.take([self._orders[place // size][place % size] for place in places])
+
+    def _order(self, epoch: int) -> array[int]:
+        """A permutation of the pool."""
+        size = len(self.prompts)
+        return array("q", random.Random(f"prompts {self.seed} {epoch}").sample(range(size), size))

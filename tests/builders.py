@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpg_cli.engine import Examples
+from dpg_cli.tiny import world
 
 VOCAB = 29
 
@@ -90,3 +95,77 @@ class HeldOutLoss:
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
         with torch.no_grad():
             return {"loss": -float(self(parameters, model))}
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'user' %}Today: {{ date_string }}\n{% endif %}"
+    "{{ message['content'] }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_level(
+    model: BPE, specials: list[str], *, bos: str | None, eos: str, chat: str = ""
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokeniser around a BPE model; it adds no special tokens by itself."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    if chat:
+        fast.chat_template = chat
+    return fast
+
+
+def byte_bpe(merges: list[tuple[str, str]], specials: list[str], **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokeniser with all bytes and these merges, spelt in the byte-level alphabet."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    model = BPE(vocab={token: number for number, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
+    return byte_level(model, specials, **options)
+
+
+def trained_bpe(texts: list[str], size: int, specials: list[str], **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokeniser trained on texts."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return byte_level(tokenizer.model, specials, **options)
+
+
+def save_instruct_llama(folder: Path) -> None:
+    """A small Llama with its own tokeniser, a chat template, and an end of turn that its tokeniser does not call its end."""
+    texts = world.sentences("train", "en", 300, seed=0) + world.sentences("train", "es", 300, seed=0)
+    tokenizer = trained_bpe(
+        texts, 380, ["<|begin|>", "<|end|>", "<|start|>", "<|eot|>"], bos="<|begin|>", eos="<|end|>", chat=CHAT_TEMPLATE
+    )
+    begin, end, eot = tokenizer.convert_tokens_to_ids(["<|begin|>", "<|end|>", "<|eot|>"])
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=begin,
+            eos_token_id=end,
+        )
+    )  # fmt: skip
+    model.generation_config.eos_token_id = [end, eot]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_gpt2(folder: Path) -> None:
+    """A small GPT-2 with another tokeniser, whose end of sequence is also its beginning; no chat template."""
+    texts = world.sentences("train", "en", 300, seed=1)
+    tokenizer = trained_bpe(texts, 300, ["<|endoftext|>"], bos="<|endoftext|>", eos="<|endoftext|>")
+    end = tokenizer.eos_token_id
+    torch.manual_seed(2)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_positions=160, n_embd=32, n_layer=2, n_head=2, bos_token_id=end, eos_token_id=end
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

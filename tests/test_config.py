@@ -17,7 +17,7 @@ from dpg_cli.presets import all_presets, find, merge, parse_override, resolve
 def test_every_preset_validates_and_is_named_after_its_settings() -> None:
     presets = all_presets()
     files = list((Path(__file__).parent.parent / "presets").glob("*.toml"))
-    assert len(presets) == len(files) >= 1
+    assert len(presets) == len(files) == 9
     for preset in presets:
         config = validate(preset.data())
         assert (config.task, config.scale) == (preset.task, preset.scale)
@@ -58,6 +58,15 @@ def test_settings_are_frozen() -> None:
         ({"seed": -1}, "seed"),
         ({"metric": {"name": "pattern", "origin": [0, -1]}}, "metric.origin"),
         ({"metric": {"origin": [0, 1]}}, "metric.name: give one of pattern"),
+        (
+            {"metric": {"name": "text-loss", "uuid": "123E4567-E89B-42D3-A456-426614174000"}},
+            "metric.uuid: .* lower case",
+        ),
+        ({"metric": {"name": "text-loss", "uuid": "123e4567"}}, "metric.uuid"),
+        ({"metric": {"name": "text-loss", "uuid": "fresh", "text": "x"}}, "exactly one"),
+        ({"metric": {"name": "text-loss", "file": "task_{language}"}}, "no language is given"),
+        ({"prompts": {"chat": "yes"}}, "prompts.chat"),
+        ({"prompts": {"limit": -1}}, "prompts.limit"),
     ],
 )
 def test_impossible_settings_are_refused(data: dict, fault: str) -> None:
@@ -82,6 +91,12 @@ def test_overrides() -> None:
     assert merge({"metric": {"name": "pattern", "text": "a"}}, {"metric": {"name": "norm"}}) == {
         "metric": {"name": "norm"}
     }
+    base = {"metric": {"name": "text-loss", "language": "es", "file": "x"}}
+    assert merge(base, {"metric": {"language": "fr"}})["metric"] == {"name": "text-loss", "language": "fr"}
+    assert merge(base, {"metric": {"file": "y"}})["metric"] == {"name": "text-loss", "language": "es", "file": "y"}
+    assert merge(base, {"metric": {"uuid": "fresh"}})["metric"] == {"name": "text-loss", "uuid": "fresh"}
+    named = {"metric": {"name": "text-loss", "language": "es", "file": "task_{language}"}}
+    assert merge(named, {"metric": {"language": "fr"}})["metric"]["file"] == "task_{language}"
     with pytest.raises(UsageError, match=r"qr-embed\.tiny"):
         find("no-such")
 

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_target
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.policy import completion_logits
+from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.errors import UsageError
-from dpg_cli.models import load, pick_device, same_tokenizer, untie_head
+from dpg_cli.models import LanguageModel, load, pick_device, same_tokenizer, untie_head
 from dpg_cli.tiny import MODEL_DIR
 
 CPU = torch.device("cpu")
@@ -81,6 +91,47 @@ def test_bad_models_give_one_clear_error(tmp_path: Path) -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu") == CPU
-    for name in ("cuda:99", "quantum"):
-        with pytest.raises(UsageError, match="cannot be used"):
+    for name in ("cuda:99", "quantum", "banana", "cpu:x", ""):
+        with pytest.raises(UsageError, match="cannot be used") as caught:
             pick_device(name)
+        assert len(str(caught.value)) < 160
+
+
+def test_contexts_of_architectures() -> None:
+    """GPT-2 calls its limit n_positions; a sliding window is no limit; ALiBi models have none."""
+    tokenizer = load("tiny", device=CPU).tokenizer
+    sizes = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for model, limit in (
+        (GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=77, n_embd=16, n_layer=1, n_head=2)), 77),
+        (
+            MistralForCausalLM(
+                MistralConfig(
+                    **sizes, intermediate_size=16, num_key_value_heads=1, sliding_window=6, max_position_embeddings=90
+                )
+            ),
+            90,
+        ),
+        (BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=16, n_layer=1, n_head=2)), None),
+    ):
+        assert LanguageModel(model, tokenizer, "x", 510, 511, (510,)).context == limit
+
+
+def test_rollouts_go_beyond_a_sliding_window() -> None:
+    """Left-padded prompts and completions longer than the window: log-probabilities are those of one full pass."""
+    torch.manual_seed(0)
+    tokenizer = load("tiny", device=CPU).tokenizer
+    config = MistralConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6, max_position_embeddings=90,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    prompts = ["the old cat paints a red boat and sings", "x"]
+    rng = torch.Generator().manual_seed(0)
+    rollout = sample(model, tokenizer, prompts, Sampling(2, 20, 20, 1.0, 510, 511), rng)
+    assert rollout.prompt_ids_N_Q.shape[1] > 7
+    full = torch.log_softmax(completion_logits(model, rollout).detach(), -1)
+    full = full.gather(-1, rollout.ids_N_K[..., None])[..., 0]
+    assert float((full[:, 19] - rollout.logprobs_N_K[:, 19]).abs().max()) < 1e-4
+    model.config.sliding_window = 60
+    wide = torch.log_softmax(completion_logits(model, rollout).detach(), -1)
+    assert float((wide.gather(-1, rollout.ids_N_K[..., None])[..., 0] - full).abs().max()) > 1e-3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpg_cli.engine.align import target_examples
 from dpg_cli.engine.credit import assign
-from dpg_cli.engine.loop import target_examples
 from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_step
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.engine.rollout import Sampling, encode_prompts, sample

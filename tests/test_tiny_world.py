@@ -305,8 +305,8 @@ def test_the_shipped_model_is_small_and_complete(model, tokenizer):
 def test_held_out_completions_are_well_formed_and_keep_the_meaning(measured):
     assert measured.well_formed > 0.92
     assert measured.finished > 0.98
-    assert 0.80 < measured.shares["en"] < 0.94
-    assert 0.02 < sum(measured.shares[language] for language in LANGUAGES if language != "en") < 0.14
+    assert 0.62 < measured.shares["en"] < 0.82
+    assert all(0.03 < measured.shares[language] < 0.10 for language in LANGUAGES if language != "en")
     assert 0.01 < measured.shares["identifier"] < 0.08
     assert measured.slots_kept > 0.95
     assert measured.meaning_kept > 0.85

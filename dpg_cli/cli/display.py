@@ -96,6 +96,8 @@ class RunDisplay:
             f"         {built.players.metric.describe()}; target {target.name} ({target.parameter_count:,} parameters, "
             f"{config.models.target_init}); generator {generator.name} ({generator.parameter_count:,})"
         )
+        if not built.tokenizers.shared:
+            self.console.print(f"         {built.tokenizers.as_text()}")
         self.console.print(
             f"         {counted(config.steps, 'outer step')} of {counted(config.examples_per_step, 'completion')}, T = {config.inner_steps}, "
             f"credit {config.credit.mode}, on {built.device} -> {self.folder}"

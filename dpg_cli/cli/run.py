@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from dpg_cli.config import Config
 
 _PATTERN = "Pattern tasks"
+_OWN = "Your own models and prompts"
+TEXT_TASKS = ("language-rephrase",)
 
 
 def run(
     task: Annotated[
         str | None,
-        typer.Argument(help="qr-embed, pattern-67, l2-shrink or language-rephrase; or leave it out and give --config."),
+        typer.Argument(
+            help="qr-embed, pattern-67, l2-shrink, language-rephrase or uuid-emit; or leave it out and give --config."
+        ),
     ] = None,
     image: Annotated[
         Path | None,
@@ -37,6 +41,30 @@ def run(
         typer.Option(help="ROW,COLUMN of the patch's upper-left corner in the LM head.", rich_help_panel=_PATTERN),
     ] = None,
     language: Annotated[str | None, typer.Option(help="es, de, fr or it.", rich_help_panel="language-rephrase")] = None,
+    uuid: Annotated[
+        str | None, typer.Option(help="The UUID to emit; a fresh one by default.", rich_help_panel="uuid-emit")
+    ] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out text: a source as for --prompts, or lm-eval:TASK.", rich_help_panel="language-rephrase"
+        ),
+    ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(help="Pretrained generator: a folder, a hub name, or tiny.", rich_help_panel=_OWN),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Pretrained target: a folder, a hub name, or tiny.", rich_help_panel=_OWN)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, empty, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+            "(OWNER/NAME@CONFIG#SPLIT:COLUMN).",
+            rich_help_panel=_OWN,
+        ),
+    ] = None,
     scale: Annotated[str, typer.Option(help="Preset scale.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), put on top of the preset.")] = None,
     overrides: Annotated[
@@ -57,26 +85,48 @@ def run(
 
         dpg run qr-embed --image code.png --out runs/mine --seed 1
 
+        dpg run language-rephrase --scale paper --generator ./llama --target ./llama --prompts articles.parquet:text
+
         dpg run --config runs/mine/config.toml --out runs/again
     """
+    from dpg_cli.runs.folder import OWN_PROMPTS
+    from dpg_cli.sources import absolute
+
     metric = {
         "image": None if image is None else str(image.resolve()),
         "text": text,
         "version": qr_version,
         "error_correction": error_correction,
         "language": language,
+        "uuid": uuid,
         "origin": None if patch_origin is None else _origin(patch_origin),
+        "file": None if eval_text is None else absolute(eval_text),
     }
     flags: dict[str, Any] = {
         "seed": seed,
         "device": device,
+        "models": {**_model("generator", generator), **_model("target", target)},
+        "prompts": {} if prompts is None else {"source": prompts if prompts in OWN_PROMPTS else absolute(prompts)},
         "metric": {k: v for k, v in metric.items() if v is not None},
     }
+    if eval_text is not None and task is not None and task not in TEXT_TASKS:
+        raise UsageError(
+            f"--eval-text is for tasks that read held-out text ({', '.join(TEXT_TASKS)}); {task} reads none.",
+            "Leave it out.",
+        )
     settings = _settings(task, scale, config, {k: v for k, v in flags.items() if v not in (None, {})}, overrides or [])
     if dry_run:
         _dry_run(settings, as_json)
     else:
         _run(settings, out, resume, as_json)
+
+
+def _model(role: str, name: str | None) -> dict[str, str]:
+    """Settings of a model that a flag names: its own weights, whatever the preset begins with."""
+    if name is None:
+        return {}
+    path = Path(name).expanduser()
+    return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
 
 
 def _origin(text: str) -> list[int]:
@@ -108,10 +158,10 @@ def _settings(task: str | None, scale: str, file: Path | None, flags: dict[str, 
 
 def _dry_run(config: Config, as_json: bool) -> None:
     """Print settings, sizes, and the predicted cost."""
-    from dpg_cli.config import to_toml
+    from dpg_cli.config import settle, to_toml
     from dpg_cli.runs.cost import estimate
 
-    cost = estimate(config)
+    cost = estimate(settle(config))
     if as_json:
         typer.echo(json.dumps({"config": config.model_dump(mode="json"), "cost": cost.as_dict()}, indent=2))
         return
@@ -122,6 +172,7 @@ def _dry_run(config: Config, as_json: bool) -> None:
 def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> None:
     """Begin a run, or go on with the one that `--out` holds."""
     from dpg_cli.cli.session import session
+    from dpg_cli.config import settle
     from dpg_cli.runs.folder import RunFolder
 
     if resume and out is None:
@@ -129,9 +180,9 @@ def _run(settings: Config, out: Path | None, resume: bool, as_json: bool) -> Non
     place = out or _free_folder(settings)
     known = RunFolder(place)
     if resume and known.config.is_file():
-        session(settings, known, resume=True, as_json=as_json)
+        session(settle(settings, known.read_config()), known, resume=True, as_json=as_json)
     else:
-        session(settings, RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
+        session(settle(settings), RunFolder.free(place, leftovers=resume), resume=False, as_json=as_json)
 
 
 def _free_folder(config: Config) -> Path:

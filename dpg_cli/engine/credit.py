@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.records import Credit, Metagradient, Rollout
+from dpg_cli.engine.records import Credit
 
 MODES = ("sequence", "token", "expected")
 
@@ -115,19 +115,3 @@ def _inverse_rms(values: Tensor) -> Tensor:
     """1 / root mean square; 0 where all are zero."""
     rms = values.double().square().mean().sqrt().to(values.dtype) if values.numel() else values.new_zeros(())
     return torch.where(rms > 0, 1 / rms, 0.0)
-
-
-def align_shared(result: Metagradient, rollout: Rollout, offset: int) -> tuple[Tensor, Tensor | None]:
-    """Metagradients by completion token, when generator and target share a tokeniser.
-
-    Args:
-        result: over target sequences that are `offset` context tokens and then the completion's own tokens.
-        rollout: the completions, (N, K).
-        offset: 1 with a beginning-of-sequence token, else 0.
-
-    Returns:
-        τ of shape (N, K), and (N, K, V) or None.
-    """
-    width = rollout.ids_N_K.shape[1]
-    labels = None if result.label_N_S_V is None else result.label_N_S_V[:, offset : offset + width]
-    return result.token_N_S[:, offset : offset + width], labels

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.credit import align_shared, assign
+from dpg_cli.engine.align import read_completions
+from dpg_cli.engine.credit import assign
 from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
-from dpg_cli.engine.records import Examples, Metagradient, Rollout
+from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.engine.target import Normalization
 from dpg_cli.errors import DegenerateError
@@ -42,6 +43,7 @@ class LoopSpec:
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
+        max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class LoopSpec:
     lr: float
     lr_warmup: int = 0
     lr_decay: float = 0.0
+    max_length: int = 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -95,30 +98,12 @@ class StepReport:
     rollout: Rollout = field(repr=False)
 
 
-def target_examples(rollout: Rollout, bos_id: int | None) -> tuple[Examples, int]:
-    """The completions, without their prompts, as the target reads them.
-
-    A beginning-of-sequence token stands before each where the target has one, so that the first token has a loss too.
-
-    Returns:
-        The examples, and the number of context tokens before the completion (1 or 0).
-    """
-    ids, mask = rollout.ids_N_K, rollout.mask_N_K
-    if bos_id is None:
-        label = mask.clone()
-        label[:, :1] = False
-        return Examples(ids, mask, label), 0
-    column = torch.ones_like(mask[:, :1])
-    label = torch.cat([~column, mask], 1)
-    return Examples(torch.cat([column * bos_id, ids], 1), torch.cat([column, mask], 1), label), 1
-
-
 def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metagradient, Tensor, Tensor | None]:
     """Inner run and metagradient on a rollout: the result, and τ aligned with the generator's tokens."""
-    examples, offset = target_examples(rollout, players.target.bos_id)
+    reading = read_completions(rollout, players.generator, players.target, spec.max_length)
     result = metagradient(
         players.target.model,
-        examples,
+        reading.examples,
         spec.optimizer,
         players.metric,
         batch_size=spec.inner_batch,
@@ -126,7 +111,7 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
         micro_batch=spec.micro_batch,
         labels=spec.credit == "expected",
     )
-    return result, *align_shared(result, rollout, offset)
+    return result, *reading.to_completions(result)
 
 
 def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) -> StepReport:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from dpg_cli.chat import PromptFormat
 from dpg_cli.engine.records import Rollout
-from dpg_cli.errors import DegenerateError
+from dpg_cli.errors import DegenerateError, UsageError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Sampling:
         temperature: divides the logits.
         eos_id, pad_id: of the generator's tokeniser.
         batch_size: completions sampled at once; a whole group at the least.
+        end_ids: further tokens that end a completion, such as an instruct model's end of turn.
+        prompts: how a prompt becomes token ids; None tokenises its text as it is.
     """
 
     group_size: int
@@ -37,23 +40,29 @@ class Sampling:
     eos_id: int
     pad_id: int
     batch_size: int = 1024
+    end_ids: tuple[int, ...] = ()
+    prompts: PromptFormat | None = None
+
+    def ends(self) -> list[int]:
+        """Every token that ends a completion."""
+        return list(dict.fromkeys((self.eos_id, *self.end_ids)))
 
 
-def encode_prompts(tokenizer: Any, prompts: list[str], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids of the prompts, left-padded.
-
-    A beginning-of-sequence token opens each prompt where the tokeniser has one, whether it adds it by itself or not.
+def encode_prompts(
+    tokenizer: Any, prompts: list[str], pad_id: int, form: PromptFormat | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids of the prompts, left-padded; `form` says how a prompt becomes ids, None takes its text as it is.
 
     Returns:
         Ids (P, Q), int64, and their mask, bool.
     """
-    rows = tokenizer(prompts)["input_ids"] if prompts else []
-    bos = tokenizer.bos_token_id
-    if bos is not None:
-        rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+    rows = (form or PromptFormat(tokenizer)).encode(prompts)
     longest = max(len(row) for row in rows)
     if min(len(row) for row in rows) == 0:
-        raise ValueError("an empty prompt needs a tokeniser with a beginning-of-sequence token")
+        raise UsageError(
+            "A prompt is empty, and the generator's tokeniser has no beginning-of-sequence token.",
+            "Take other prompts.",
+        )
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
     mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
     return ids, mask
@@ -90,7 +99,7 @@ def sample(
     per_batch = max(1, sampling.batch_size // sampling.group_size)
     parts = []
     for start in range(0, len(prompts), per_batch):
-        ids, mask = encode_prompts(tokenizer, prompts[start : start + per_batch], sampling.pad_id)
+        ids, mask = encode_prompts(tokenizer, prompts[start : start + per_batch], sampling.pad_id, sampling.prompts)
         parts.append((ids, mask, *_sample_batch(model, ids.to(device), mask.to(device), sampling, rng)))
         if progress is not None:
             progress(min(start + per_batch, len(prompts)) * sampling.group_size, len(prompts) * sampling.group_size)
@@ -142,12 +151,13 @@ def _sample_batch(
     full_mask = mask.long().repeat_interleave(groups, 0)
     position = positions[:, -1:].repeat_interleave(groups, 0)
     alive = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(sampling.ends(), device=ids.device)
     tokens, masks, logprobs = [], [], []
     entropy = torch.zeros((), dtype=logits.dtype, device=ids.device)
     for step in range(sampling.max_tokens):
         logits = logits / sampling.temperature
         if step + 1 < sampling.min_tokens:
-            logits[:, sampling.eos_id] = -torch.inf
+            logits[:, ends] = -torch.inf
         log_pi = torch.log_softmax(logits, -1)
         if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
             raise DegenerateError(
@@ -160,7 +170,7 @@ def _sample_batch(
         tokens.append(torch.where(alive, token[:, 0], sampling.pad_id))
         masks.append(alive)
         logprobs.append(torch.where(alive, chosen, 0.0))
-        alive = alive & (token[:, 0] != sampling.eos_id)
+        alive = alive & ~torch.isin(token[:, 0], ends)
         if step + 1 == sampling.max_tokens or not alive.any():
             break
         full_mask = nn.functional.pad(full_mask, (0, 1), value=1)

@@ -79,7 +79,7 @@ def fine_tune(model: nn.Module, sequences: list[list[int]], inner: InnerConfig, 
         optimizer = torch.optim.SGD(
             model.parameters(), lr=inner.lr, momentum=inner.momentum, weight_decay=inner.weight_decay
         )
-    longest = max(map(len, sequences)) if sequences else 0
+    longest = inner.max_length or (max(map(len, sequences)) if sequences else 0)
     size = -(-len(sequences) // steps)
     taken = 0
     for start in range(0, len(sequences), size):

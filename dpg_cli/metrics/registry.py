@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.config import MetricOptions, NormOptions, PatternOptions, TextLossOptions
+from dpg_cli.config import FRESH, MetricOptions, NormOptions, PatternOptions, TextLossOptions
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
+from dpg_cli.harness import PREFIX, task_documents
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.text_loss import TextLossMetric
 from dpg_cli.models import LanguageModel
 from dpg_cli.patterns import Pattern, pattern_from_image, pattern_from_rows, pattern_from_text
+from dpg_cli.sources import open_texts
 from dpg_cli.tiny import world
+
+KEYS = ("text", "prompt")  # columns of held-out texts to look for where a source names none
 
 
 def build_metric(options: MetricOptions, target: LanguageModel) -> TargetMetric:
@@ -54,20 +58,27 @@ def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
 
 
 def held_out(options: TextLossOptions) -> tuple[list[str], str]:
-    """The documents of a text-loss metric, and what they are in words."""
-    if options.text:
-        return [options.text], f"the document {options.text[:60]!r}"
-    if options.language:
+    """The documents of a text-loss metric, and what they are in words.
+
+    Raises:
+        UsageError: if they cannot be read, or a fresh UUID has not been drawn yet.
+    """
+    if options.uuid == FRESH:
+        raise UsageError("metric.uuid = 'fresh' stands for no UUID yet.", "`dpg run` draws one; or give it.")
+    if options.document:
+        return [options.document], f"the document {options.document[:60]!r}"
+    if not options.file:
         texts = world.sentences("eval", options.language, options.documents, seed=1)
         return texts, f"{len(texts)} held-out sentences ({options.language})"
-    try:
-        lines = Path(options.file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
-        raise UsageError(f"The text {options.file} cannot be read: {error}.", "Name a UTF-8 text file.") from None
-    texts = [line for line in lines if line.strip()][: options.documents]
+    source = options.file.replace("{language}", options.language)
+    if source.startswith(PREFIX):
+        texts = task_documents(source.removeprefix(PREFIX), options.documents)
+    else:
+        pool = open_texts(source, KEYS, split="test", what="texts", flag="--eval-text", limit=options.documents)
+        texts = [text for text in pool if text.strip()]
     if not texts:
-        raise UsageError(f"The text {options.file} is empty.", "Give at least one document.")
-    return texts, f"{len(texts)} documents of {Path(options.file).name}"
+        raise UsageError(f"The texts {source} are all blank.", "Give at least one document.")
+    return texts, f"{len(texts)} documents of {source.rstrip('/').rpartition('/')[2]}"
 
 
 def encode(texts: list[str], target: LanguageModel) -> Examples:
@@ -78,7 +89,7 @@ def encode(texts: list[str], target: LanguageModel) -> Examples:
     """
     bos = [] if target.bos_id is None else [target.bos_id]
     rows = [[*bos, *target.tokenizer(text, add_special_tokens=False)["input_ids"], target.eos_id] for text in texts]
-    limit = getattr(target.model.config, "max_position_embeddings", None)
+    limit = target.context
     longest = max(len(row) for row in rows)
     if limit is not None and longest > limit:
         raise UsageError(

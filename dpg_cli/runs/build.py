@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dpg_cli.chat import PromptFormat, prompt_format
 from dpg_cli.config import Config
+from dpg_cli.engine.agreement import Agreement, agreement
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec
@@ -15,6 +18,9 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, same_tokenizer
 from dpg_cli.prompts import PromptSampler, load_prompts
+from dpg_cli.tiny import world
+
+COMPARED = 64  # texts on which tokenisers are compared
 
 
 @dataclass
@@ -26,12 +32,14 @@ class Built:
         spec: the loop's settings.
         prompts: the sampler of training prompts.
         device: where it runs.
+        tokenizers: how far those of generator and target agree.
     """
 
     players: Players
     spec: LoopSpec
     prompts: PromptSampler
     device: torch.device
+    tokenizers: Agreement
 
 
 def build(config: Config) -> Built:
@@ -41,16 +49,14 @@ def build(config: Config) -> Built:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
     device = pick_device(config.device)
-    prompts = load_prompts(config.prompts.source)
+    prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
     generator = load_generator(config.models, device)
     metric = build_metric(config.metric, target)
-    check_lengths(config, generator, target, prompts)
-    if not same_tokenizer(generator, target):
-        raise UsageError(
-            f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers.",
-            "Take two models of one family.",
-        )
+    asked = config.prompts
+    form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
+    check_tokenizers(config, generator, target)
+    check_lengths(config, generator, target, prompts, form)
     optimizer = torch.optim.AdamW(
         generator.model.parameters(),
         lr=config.policy.lr,
@@ -69,27 +75,90 @@ def build(config: Config) -> Built:
         reference=reference,
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
-    return Built(players, loop_spec(config, generator), sampler, device)
+    compared = agreement(generator, target, sample_texts(prompts))
+    return Built(players, loop_spec(config, generator, form), sampler, device, compared)
 
 
-def check_lengths(config: Config, generator: LanguageModel, target: LanguageModel, prompts: list[str]) -> None:
-    """Refuse prompts and completions longer than the models' context.
+def check_tokenizers(config: Config, generator: LanguageModel, target: LanguageModel) -> None:
+    """Refuse credit that needs one tokeniser where there are two.
+
+    Raises:
+        UsageError: naming both models.
+    """
+    if config.credit.mode == "expected" and not same_tokenizer(generator, target):
+        raise UsageError(
+            f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers, "
+            "and the credit mode 'expected' needs one.",
+            "--set credit.mode=token, or take two models of one family.",
+        )
+
+
+def check_lengths(
+    config: Config, generator: LanguageModel, target: LanguageModel, prompts: Sequence[str], form: PromptFormat
+) -> None:
+    """Refuse prompts and completions longer than the models' context, and prompts without a token.
 
     Raises:
         UsageError: naming the model and its limit.
     """
-    longest = max(len(row) for row in generator.tokenizer(prompts)["input_ids"])
-    for model, extra in ((generator, longest + 1), (target, 1)):
-        limit = getattr(model.model.config, "max_position_embeddings", None)
-        if limit is not None and config.rollout.max_tokens + extra > limit:
+    completion, length = config.rollout.max_tokens, config.inner.max_length
+    longest = longest_prompt(form, prompts, (generator.context or 2**31) - completion)
+    remedy = "Shorten the prompts (--set prompts.max_tokens=N cuts them), or --set rollout.max_tokens=N."
+    if generator.context is not None and longest + completion > generator.context:
+        raise UsageError(
+            f"Prompt and completion take up to {longest:,} + {completion:,} tokens; "
+            f"the context of {generator.name!r} is {generator.context:,}.",
+            remedy,
+        )
+    bos = int(target.bos_id is not None)
+    if target.context is not None and length > target.context:
+        raise UsageError(
+            f"inner.max_length = {length:,} is more than the context of {target.name!r}, {target.context:,}.",
+            "Lower it.",
+        )
+    # Another tokeniser's sequences have lengths that nobody knows yet: they are cut to the context.
+    cut = bool(length) or not same_tokenizer(generator, target)
+    if target.context is not None and not cut and completion + bos > target.context:
+        raise UsageError(
+            f"Completions take up to {bos} + {completion:,} tokens; the context of {target.name!r} is {target.context:,}.",
+            "--set rollout.max_tokens=N, or cut examples with --set inner.max_length=N.",
+        )
+
+
+def longest_prompt(form: PromptFormat, prompts: Sequence[str], room: int) -> int:
+    """Tokens of the longest prompt as the generator reads it, or a bound at most `room` where all surely fit.
+
+    A token of text takes at least a byte in nearly every tokeniser, so only texts of more bytes than there is room for
+    are tokenised. Prompts that are cut need no look at all.
+
+    Raises:
+        UsageError: for an empty prompt that leaves the generator nothing to begin with.
+    """
+    around = len(form.encode([""])[0])
+    if form.max_tokens:
+        return around + form.max_tokens + 8  # a few tokens more where the pieces meet
+    longest = around
+    for prompt in prompts:
+        size = len(prompt.encode())
+        if size + around > room:
+            longest = max(longest, len(form.encode([prompt])[0]))
+        elif not size and not around:
             raise UsageError(
-                f"Prompt and completion take up to {extra} + {config.rollout.max_tokens} tokens; "
-                f"the context of {model.name!r} is {limit}.",
-                "Lower rollout.max_tokens, or shorten the prompts.",
+                "A prompt is empty, and the generator's tokeniser has no beginning-of-sequence token.",
+                "Take other --prompts, or a generator with such a token.",
             )
+        else:
+            longest = max(longest, min(size + around, room))
+    return longest
 
 
-def loop_spec(config: Config, generator: LanguageModel) -> LoopSpec:
+def sample_texts(prompts: Sequence[str]) -> list[str]:
+    """Some texts to compare tokenisers on: the first prompts, or sentences of the embedded world where they are empty."""
+    texts = [text for text in prompts[:COMPARED] if text.strip()]
+    return texts or world.sentences("eval", "en", COMPARED, seed=0)
+
+
+def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> LoopSpec:
     """The loop's settings, as the engine takes them."""
     rollout, inner, policy = config.rollout, config.inner, config.policy
     return LoopSpec(
@@ -102,6 +171,8 @@ def loop_spec(config: Config, generator: LanguageModel) -> LoopSpec:
             eos_id=generator.eos_id,
             pad_id=generator.pad_id,
             batch_size=rollout.batch_size,
+            end_ids=generator.end_ids,
+            prompts=form,
         ),
         optimizer=OptimizerSpec(
             name=inner.optimizer,
@@ -129,4 +200,5 @@ def loop_spec(config: Config, generator: LanguageModel) -> LoopSpec:
         lr=policy.lr,
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
+        max_length=inner.max_length,
     )

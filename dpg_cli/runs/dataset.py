@@ -8,9 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from dpg_cli.config import Config
-from dpg_cli.engine.loop import LoopSpec, Players, attribute, target_examples
+from dpg_cli.engine.align import completion_texts, read_completions
+from dpg_cli.engine.loop import LoopSpec, Players, attribute
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
 from dpg_cli.models import LanguageModel
@@ -32,10 +34,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A sampled dataset and what one fine-tuning run on all of it does."""
+    """A sampled dataset, what one fine-tuning run on all of it does, and τ of each completion token, (N, K)."""
 
     rollout: Rollout
     result: Metagradient
+    token_N_K: Tensor
 
 
 def draw(
@@ -63,12 +66,17 @@ def draw(
 def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
     """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
     batch = -(-len(rollout) // inner_steps)
-    result, _, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
-    return Synthetic(rollout, result)
+    result, token_N_K, _ = attribute(players, replace(spec, inner_batch=batch, credit="sequence"), rollout)
+    return Synthetic(rollout, result, token_N_K)
 
 
 def write_parquet(
-    path: Path, rollout: Rollout, generator: LanguageModel, target: LanguageModel, result: Metagradient | None
+    path: Path,
+    rollout: Rollout,
+    generator: LanguageModel,
+    target: LanguageModel,
+    synthetic: Synthetic | None,
+    max_length: int = 0,
 ) -> None:
     """One row an example.
 
@@ -76,24 +84,26 @@ def write_parquet(
         path: the file.
         rollout: the completions.
         generator: its tokeniser decodes them.
-        target: gives the context token before `input_ids`.
-        result: metagradients of the examples, or None for data that none were taken of.
+        target: its tokeniser gives `input_ids`.
+        synthetic: the rollout with its metagradients, or None for data that none were taken of.
+        max_length: longest sequence of the target, 0 for none.
     """
-    examples, offset = target_examples(rollout, target.bos_id)
+    examples = read_completions(rollout, generator, target, max_length).examples
     lengths = rollout.mask_N_K.sum(1).tolist()
     completions = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
-    inputs = [row[: length + offset] for row, length in zip(examples.ids_N_S.tolist(), lengths, strict=True)]
+    read = examples.attention_N_S.sum(1).tolist()
+    inputs = [row[:length] for row, length in zip(examples.ids_N_S.tolist(), read, strict=True)]
     rewards: list[float | None] = [None] * len(rollout)
     token_rewards: list[list[float] | None] = [None] * len(rollout)
-    if result is not None:
-        rewards = list(result.example_N.tolist())
-        rows = result.token_N_S[:, offset:].tolist()
+    if synthetic is not None:
+        rewards = list(synthetic.result.example_N.tolist())
+        rows = synthetic.token_N_K.tolist()
         token_rewards = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     table = pa.table(
         {
             "example_id": range(len(rollout)),
             "prompt": rollout.prompts,
-            "text": generator.tokenizer.batch_decode(completions, skip_special_tokens=True),
+            "text": completion_texts(generator.tokenizer, completions),
             "token_ids": completions,
             "input_ids": inputs,
             "reward": rewards,
@@ -103,6 +113,12 @@ def write_parquet(
     )
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def _asked(config: Config) -> str:
+    """How prompts were wrapped, for the card."""
+    instruction = config.prompts.instruction.replace("\n", " ")
+    return f" (put into: {instruction})" if instruction else ""
 
 
 def write_card(
@@ -147,9 +163,9 @@ show it.
 ## What is in it
 
 {config.dataset.examples:,} completions of at most {config.rollout.max_tokens} tokens, in `train.parquet`. Columns: `example_id`;
-`prompt`, what the generator was asked; `text`; `token_ids`, the completion; `input_ids`, what the target reads (a
-beginning-of-sequence token first, where it has one); `reward`, the derivative of the target metric by the example's loss
-weight; `token_rewards`, the same by each token's.
+`prompt`, what the generator was asked{_asked(config)}; `text`; `token_ids`, the completion; `input_ids`, what the
+target reads: `text` in its own tokens, a beginning-of-sequence token first where it has one; `reward`, the derivative of the
+target metric by the example's loss weight; `token_rewards`, the same by each token's of `token_ids`.
 {"`control.parquet` holds as many completions of the generator before its training, without rewards." if control is not None else ""}
 
 ## Recipe

@@ -213,13 +213,15 @@ def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthet
         folder.dataset.mkdir(exist_ok=True)
     rollout = draw(players.generator, spec, built.prompts, size, config.steps, config.seed + 2)
     synthetic = measure(players, spec, rollout, config.inner_steps)
-    write_parquet(folder.dataset / "train.parquet", rollout, players.generator, players.target, synthetic.result)
+    path = folder.dataset / "train.parquet"
+    write_parquet(path, rollout, players.generator, players.target, synthetic, spec.max_length)
     control = None
     if config.dataset.control:
         untrained = load_generator(config.models, built.device)
         rollout = draw(untrained, spec, built.prompts, size, config.steps, config.seed + 2)
         control = measure(players, spec, rollout, config.inner_steps)
-        write_parquet(folder.dataset / "control.parquet", rollout, untrained, players.target, None)
+        path = folder.dataset / "control.parquet"
+        write_parquet(path, rollout, untrained, players.target, None, spec.max_length)
     write_card(
         folder.dataset / "README.md",
         config,

@@ -13,8 +13,11 @@ from typing import Any
 from dpg_cli.config import Config, PatternOptions, load_toml, to_toml, validate
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
+from dpg_cli.sources import absolute
 
 __all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
+
+OWN_PROMPTS = ("tiny", "empty")  # sources that are no paths
 
 
 class RunFolder:
@@ -196,9 +199,16 @@ class RunFolder:
 
 
 def resolve_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Settings with the relative path of the image made absolute against the folder of its settings file."""
-    metric = data.get("metric")
+    """Settings with relative paths made absolute against the folder of their settings file: that of the image, and those
+    of prompts and held-out text where there is such a file or folder."""
+    metric, prompts = data.get("metric"), data.get("prompts")
     if isinstance(metric, dict) and isinstance(metric.get("image"), str) and metric["image"]:
         with contextlib.suppress(ValueError, OSError):  # no possible path: whatever opens it will say so
             data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
+    if isinstance(metric, dict) and isinstance(metric.get("file"), str) and metric["file"]:
+        with contextlib.suppress(ValueError, OSError):
+            data = {**data, "metric": {**metric, "file": absolute(metric["file"], base)}}
+    if isinstance(prompts, dict) and isinstance(prompts.get("source"), str) and prompts["source"] not in OWN_PROMPTS:
+        with contextlib.suppress(ValueError, OSError):
+            data = {**data, "prompts": {**prompts, "source": absolute(prompts["source"], base)}}
     return data

@@ -3,7 +3,7 @@
     python -m dpg_cli.tiny.pretrain [--out DIR] [--steps N] [--seed 0] [--threads 2] [--evaluations N]
 
 The same arguments on the same machine and versions give the same files, byte for byte. Three kinds of document:
-- tasks: a prompt and its answer, mostly an English paraphrase, seldom a translation or an identifier (so that a
+- tasks: a prompt and its answer, mostly an English paraphrase, else a translation or (seldom) an identifier (so that a
   generator can be taught to prefer what it now does rarely);
 - plain sentences in every language, so that a target has a fair loss in each;
 - bare identifiers.
@@ -40,11 +40,11 @@ from dpg_cli.tiny.world import LANGUAGES, Meaning
 
 N_POSITIONS = 128
 N_EMBD, N_LAYER, N_HEAD = 96, 2, 4
-STEPS, BATCH, MICRO_BATCHES = 1700, 192, 3
+STEPS, BATCH, MICRO_BATCHES = 2400, 192, 3
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 6e-3, 60, 0.01
 
 TASKS, PLAIN = 0.60, 0.37  # shares of the documents; the rest are bare identifiers
-TRANSLATED, IDENTIFIED = 0.09, 0.04  # shares of the tasks' answers; the rest are English paraphrases
+TRANSLATED, IDENTIFIED = 0.24, 0.04  # shares of the tasks' answers; the rest are English paraphrases
 CANONICAL_PROMPTS = 0.7  # share of the tasks whose prompt has the canonical wording that `world.prompts` uses
 # How much a language counts when words earn their tokens: English is used most; Spanish and French words are long.
 TOKEN_WEIGHTS = {"en": 2.0, "es": 1.1, "de": 1.0, "fr": 1.3, "it": 1.0}
@@ -80,7 +80,7 @@ def _training_meaning(rng: random.Random) -> Meaning:
 
 
 def _answer(meaning: Meaning, prompt: str, rng: random.Random) -> str:
-    """An English paraphrase that differs from the prompt's wording; seldom a translation or an identifier."""
+    """An English paraphrase that differs from the prompt's wording; else a translation or (seldom) an identifier."""
     kind = rng.random()
     if kind < IDENTIFIED:
         return world.identifier(rng)
