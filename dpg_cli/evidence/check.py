@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.engine.align import read_completions
 from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
-from dpg_cli.engine.loop import LoopSpec, attribute, target_examples
+from dpg_cli.engine.loop import LoopSpec, attribute
 from dpg_cli.engine.optim import OptimizerSpec, initial_state, update
 from dpg_cli.engine.records import Rollout
 from dpg_cli.engine.rollout import sample
@@ -22,7 +23,6 @@ from dpg_cli.errors import DegenerateError
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
 from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
 from dpg_cli.evidence.check_reward import exploration, movement, spread, tokenisers
-from dpg_cli.models import same_tokenizer
 from dpg_cli.runs.build import Built, build
 
 COMPLETIONS = 256  # measured on, unless asked for more
@@ -51,7 +51,7 @@ def check(
     on_stage("loading models")
     torch.manual_seed(config.seed)
     built = make(config)
-    players, target = built.players, built.players.target
+    players = built.players
     group = config.rollout.group_size
     prompts = built.prompts.at(0)[: max(1, completions // group)]
     on_stage("sampling completions")
@@ -59,9 +59,8 @@ def check(
     rollout = sample(generator.model, generator.tokenizer, prompts, built.spec.sampling, players.rng)
     spec = scaled(built.spec, config, len(rollout))
 
-    same = same_tokenizer(generator, target)
     findings = [
-        tokenisers(same, config.credit.mode),
+        tokenisers(built.tokenizers, config.credit.mode),
         exploration(rollout.entropy, generator.head.shape[0], config.rollout.temperature),
     ]
     if findings[0].verdict == "ok":
@@ -92,7 +91,7 @@ def _attribution(
         result, token_N_K, labels = attribute(players, spec, rollout)
         refuse_dead_reward(result, spec.attribution.per_example)
         before = metric_before(players.metric, players.target.model)
-        examples, _ = target_examples(rollout, players.target.bos_id)
+        examples = read_completions(rollout, players.generator, players.target, spec.max_length).examples
         inner = InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch)
         probe = Probe(players.target.model, players.metric, examples, inner)
         theta, grad, final, theta_bar = probe.start()
