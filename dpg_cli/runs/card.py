@@ -226,8 +226,10 @@ Measured on the target after that recipe, by the program that made the data, on 
 
 {measures_table(results)}
 
-{verdict_words(results)} The effect holds for that target and that recipe; other models, optimisers
-or a chat template around the text weaken it or undo it. What else the rows do to a model was not measured.
+{verdict_words(results)}
+
+These figures are of that target and that recipe. With other models, other optimisers or a chat template around the text, an
+effect is weaker or gone. What else the rows do to a model was not measured.
 
 ### Recommendations
 
