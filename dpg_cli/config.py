@@ -42,6 +42,9 @@ class ModelsConfig(Section):
         "pretrained", description="random: the same architecture, blank; with equal seeds two blank models are equal"
     )
     target_init: Literal["pretrained", "random"] = "pretrained"
+    redraw_target: bool = Field(
+        False, description="another blank target at every outer step: what is learnt then suits any, not one"
+    )
     init_seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the blank models")
     untie_target: bool = Field(True, description="give the target's LM head its own weights, with the tied values")
     untie_generator: bool = False
@@ -352,6 +355,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.models.redraw_target and (self.models.target_init != "random" or self.metric.name != "text-loss"):
+            raise ValueError(
+                'models.redraw_target: needs models.target_init = "random" and a text-loss metric; the others compare with '
+                "the weights of one target"
+            )
         if self.rollout.min_tokens > self.rollout.max_tokens:
             raise ValueError(
                 f"rollout.min_tokens: {self.rollout.min_tokens} is more than rollout.max_tokens ({self.rollout.max_tokens})"

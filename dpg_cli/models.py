@@ -217,3 +217,12 @@ def load_target(models: ModelsConfig, device: torch.device) -> LanguageModel:
     if models.untie_target:
         untie_head(target.model)
     return target
+
+
+@torch.no_grad()
+def redraw_target(target: LanguageModel, models: ModelsConfig, step: int) -> None:
+    """Give a blank target the fresh weights of an outer step, in place: those of seed `init_seed` + step."""
+    seed = (models.init_seed + step) % 2**32
+    fresh = load_target(models.model_copy(update={"init_seed": seed}), target.head.device)
+    for parameter, value in zip(target.model.parameters(), fresh.model.parameters(), strict=True):
+        parameter.copy_(value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from dpg_cli.errors import UsageError
@@ -14,6 +17,7 @@ from dpg_cli.tiny import world
 
 TINY_PROMPTS = 4096
 KEYS = ("prompt", "text")  # columns to look for where a source names none
+PROBED = 1024  # texts that tell one pool of prompts from another
 
 
 def load_prompts(
@@ -70,6 +74,15 @@ class PromptSampler:
         self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
         pool = self.prompts if isinstance(self.prompts, Texts) else ListedTexts(self.prompts)
         return pool.take([self._orders[place // size][place % size] for place in places])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the pool's size and of up to `PROBED` of its texts, evenly spaced: all of a small pool."""
+        size = len(self.prompts)
+        count = min(size, PROBED)
+        pool = self.prompts if isinstance(self.prompts, Texts) else ListedTexts(self.prompts)
+        texts = pool.take([place * size // count for place in range(count)])
+        return hashlib.sha256(json.dumps([size, *texts]).encode()).hexdigest()
 
     def _order(self, epoch: int) -> array[int]:
         """A permutation of the pool."""

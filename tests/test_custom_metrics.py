@@ -323,3 +323,17 @@ def test_a_run_by_file_from_start_to_verdict(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "has changed since these settings were written" in again.stderr
     assert dpg("run", "custom", "--metric", f"{path}:Smaler", "--debug", "--dry-run").stderr.count("Traceback") == 1
+
+
+def test_the_metrics_of_the_documentation_work(tmp_path: Path, target: LanguageModel) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "custom-metrics.md").read_text(encoding="utf-8")
+    first, second = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    imports = first[: first.index("class")]
+    for text, options, block in ((first, {}, 0), (imports + second, {"block": 1}, 1)):
+        metric = made(tmp_path, text, target, "QuietBlock", **options)
+        weight = target.model.get_parameter(f"transformer.h.{block}.mlp.c_proj.weight")
+        parameters = dict(target.model.named_parameters())
+        assert float(metric(parameters, target.model).detach()) == pytest.approx(
+            -float(weight.detach().norm()), rel=1e-6
+        )
+        assert metric.describe().startswith("A smaller output matrix in")

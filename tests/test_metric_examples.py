@@ -193,7 +193,7 @@ SHORT = ["prompts.per_step=16", "inner.batch_size=64", "policy.minibatch=64", "d
 )
 def test_a_short_run_moves_its_measure(name: str, steps: int, measure: str, sign: int, tmp_path: Path) -> None:
     """By the preset, at half its batch: stock AdamW on the data moves the measure, and beyond what the control does."""
-    own = BLANK if name == "attention-bitmap" else []
+    own = {"attention-bitmap": BLANK, "forget-text": ["metric.options.keep_weight=0.3"]}.get(name, [])
     config = resolve(find("custom.tiny").data(), [*SHORT, *own, f"steps={steps}", f"metric.path={name}"])
     folder = RunFolder(tmp_path / "run")
     outcome = execute(config, folder)

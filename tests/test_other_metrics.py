@@ -130,12 +130,19 @@ def test_verdicts_by_a_margin() -> None:
     good = verdict(0.0, [5.0, 4.9, 5.0, 5.0, 5.1], [1.0, 0.9, 1.0, 1.0, 1.1])
     assert good.verified
     assert (good.gap, good.spread) == (pytest.approx(3.8), pytest.approx(0.2))
-    overlap = verdict(0.0, [5.0, 1.0, 5.0, 5.0, 9.0], [1.0, 0.9, 1.0, 1.0, 1.1])
+    assert (good.margin, good.effect, good.ordinary) == (4.0, 4.0, 1.0)
+    overlap = verdict(0.0, [5.0, 1.0, 5.0, 5.0, 4.0], [1.0, 0.9, 1.0, 1.0, 1.1])
     assert not overlap.verified
-    assert "no more than chance" in overlap.reason
-    apart_but_wide = verdict(0.0, [5.0, 4.0, 5.0, 5.0, 6.0], [1.0, 0.0, 1.0, 1.0, 2.1])
-    assert apart_but_wide.gap == pytest.approx(1.9)
-    assert not apart_but_wide.verified  # the gap must exceed the spread, not only zero
+    assert "and overlap" in overlap.reason
+    wide = verdict(0.0, [2.5, 2.2, 5.0, 5.0, 2.8], [1.0, 0.0, 1.0, 1.0, 2.1])
+    assert wide.gap > 0
+    assert not wide.verified  # apart, but by less than the quarters' spread
+    assert "no more than chance" in wide.reason
+    tiny = verdict(-42.499, [-42.4953, -42.4954, -42.4953, -42.4953, -42.4953], [-42.4959] * 5)
+    assert tiny.gap > 0
+    assert tiny.margin > tiny.spread
+    assert not tiny.verified  # as after one outer step of l2-shrink: certain, and next to nothing
+    assert "moves phi by 0.0031" in tiny.reason
     assert not verdict(6.0, [5.0, 4.9, 5.0, 5.0, 5.1], [1.0, 0.9, 1.0, 1.0, 1.1]).verified
     assert "before fine-tuning" in verdict(6.0, [5.0] * 5, [1.0] * 5).reason
     assert "after the control" in verdict(0.0, [0.5] * 5, [1.0] * 5).reason

@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(stopped: RunFolder, reference: di
 
 @pytest.mark.parametrize(
     "stage",
-    ["going on", "final_data", "write_model", "write_target", "save_png"],
+    ["going on", "final_data", "write_model", "write_target", "write_png"],
     ids=lambda stage: stage.replace(" ", "_"),
 )
 def test_any_stage_can_be_repeated(

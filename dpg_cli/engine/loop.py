@@ -77,7 +77,8 @@ class LoopSpec:
 class Players:
     """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change.
 
-    `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text".
+    `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text". `redraw` gives the target
+    the weights of an outer step, where each step has a blank target of its own; a pure function of the step.
     """
 
     generator: LanguageModel
@@ -88,6 +89,7 @@ class Players:
     order_rng: torch.Generator
     reference: nn.Module | None = None
     text_reward: Callable[[list[str]], Tensor] | None = None
+    redraw: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,12 @@ def train(
     )
     watch.replay(history)
     for step in range(start, spec.steps):
+        if players.redraw is not None:
+            players.redraw(step)
         report = outer_step(players, spec, prompts_at(step), step)
         warning, fault = watch.see(report.numbers, partial(weights_changed, report.result.final, players.target.model))
         on_step(replace(report, warning=warning))
         if fault is not None:
             raise fault
+    if players.redraw is not None:
+        players.redraw(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from dpg_cli.engine.policy import PolicySpec
 from dpg_cli.engine.rollout import Sampling
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, same_tokenizer
+from dpg_cli.models import LanguageModel, load_generator, load_target, pick_device, redraw_target, same_tokenizer
 from dpg_cli.prompts import PromptSampler, load_prompts
 from dpg_cli.rewards import build_text_reward
 from dpg_cli.tiny import world
@@ -80,6 +81,7 @@ def build(config: Config, named_metric: str | None = None) -> Built:
         order_rng=torch.Generator().manual_seed(config.seed + 1),
         reference=reference,
         text_reward=build_text_reward(config, device),
+        redraw=partial(redraw_target, target, config.models) if config.models.redraw_target else None,
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))

@@ -128,7 +128,7 @@ def write(folder: RunFolder, config: Config, built: Built, step: int) -> float:
         header = Header(
             step=step,
             metrics_bytes=size,
-            prompts=prompts_sum(built),
+            prompts=built.prompts.fingerprint,
             settings=config.model_dump(mode="json"),
             place=place(built),
             sha256={part: file_sum(temporary / f"{part}.safetensors") for part in PARTS},
@@ -202,7 +202,7 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built)
             f"{folder.path} was begun with other settings: {'; '.join(changes)}.",
             "Put them back in its config.toml, or start a new run.",
         )
-    if header.prompts != prompts_sum(built):
+    if header.prompts != built.prompts.fingerprint:
         raise UsageError(
             f"The prompts {config.prompts.source} are not those that {folder.path} was begun with.",
             "Put them back, or start a new run.",

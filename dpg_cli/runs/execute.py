@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,7 +20,7 @@ from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models import LanguageModel, load_generator, quiet_transformers
-from dpg_cli.render import pattern_image, save_png
+from dpg_cli.render import pattern_image
 from dpg_cli.report import write_report
 from dpg_cli.runs.build import Built, build
 from dpg_cli.runs.checkpoint import Schedule, forget_after, newest, place, require_same, write
@@ -135,7 +136,7 @@ def begun(
     RunFolder.free(folder.path, leftovers=True)
     folder.tidy()
     if isinstance(built.players.metric, PatternMetric):
-        save_png(pattern_image(built.players.metric.pattern), folder.pattern)
+        write_png(folder.pattern, pattern_image(built.players.metric.pattern))
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command)
     journal.data["effect"] = built.players.metric.describe()
@@ -271,6 +272,12 @@ def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torc
             save_file(patch, temporary / "patch.safetensors")
 
 
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
     """Save the fine-tuned target, the patch before and after, and its picture."""
     target, metric = built.players.target, built.players.metric
@@ -285,7 +292,7 @@ def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
     finally:
         assign_parameters(target.model, before)
     if isinstance(metric, Pictured):
-        save_png(metric.picture(final), folder.image)
+        write_png(folder.image, metric.picture(final))
 
 
 @torch.no_grad()
