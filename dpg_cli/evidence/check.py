@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.engine.align import read_completions
 from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
-from dpg_cli.engine.loop import LoopSpec, attribute, target_examples
+from dpg_cli.engine.loop import LoopSpec, attribute
 from dpg_cli.engine.optim import OptimizerSpec, initial_state, update
 from dpg_cli.engine.records import Rollout
 from dpg_cli.engine.rollout import sample
@@ -92,7 +93,7 @@ def _attribution(
         result, token_N_K, labels = attribute(players, spec, rollout)
         refuse_dead_reward(result, spec.attribution.per_example)
         before = metric_before(players.metric, players.target.model)
-        examples, _ = target_examples(rollout, players.target.bos_id)
+        examples = read_completions(rollout, players.generator, players.target, spec.max_length).examples
         inner = InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch)
         probe = Probe(players.target.model, players.metric, examples, inner)
         theta, grad, final, theta_bar = probe.start()
@@ -128,10 +129,13 @@ def _attribution(
     if found[0].verdict == "fail":  # differences of a metric that does not move would measure rounding
         return found
     probe = _precise(config, built, replace(probe, inner=replace(inner, optimizer=optimizer)), make)
-    on_stage("finite differences")
-    found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
-    on_stage("metasmoothness")
-    found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
+    try:
+        on_stage("finite differences")
+        found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
+        on_stage("metasmoothness")
+        found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
+    except DegenerateError as error:
+        found.append(_dead(error, config))
     return found
 
 
