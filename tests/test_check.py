@@ -14,7 +14,8 @@ from builders import HeldOutLoss, make_examples, make_target
 from test_cli import dpg
 
 from dpg_cli.cli.check import check as command
-from dpg_cli.cli.run import run, settings_of
+from dpg_cli.cli.run import run
+from dpg_cli.cli.settings import OPTIONS
 from dpg_cli.config import Config
 from dpg_cli.engine import OptimizerSpec
 from dpg_cli.engine.agreement import Agreement
@@ -119,10 +120,10 @@ def test_metasmoothness_is_exact_for_a_linear_metric_and_falls_with_the_learning
         float(metasmoothness(probe(OptimizerSpec("sgd", lr=lr), batch=12)).measured["departure"]) for lr in (0.01, 1.0)
     ]
     assert departures[0] < 0.05 < departures[1]
-    bent = metasmoothness(probe(OptimizerSpec("sgd", lr=300.0), batch=4))
+    bent = metasmoothness(probe(OptimizerSpec("sgd", lr=3.0), batch=4))
     assert bent.verdict == "fail"
     assert bent.setting == "inner.lr"
-    assert float(bent.suggested) == 100.0
+    assert float(bent.suggested) == 1.0
 
 
 def test_a_probe_of_fewer_examples_keeps_its_inner_steps() -> None:
@@ -181,9 +182,9 @@ def test_suggested_values_are_short_and_toml(value: float, text: str) -> None:
 
 
 def test_check_takes_every_setting_of_run() -> None:
-    shared = set(inspect.signature(settings_of).parameters)
-    assert shared | {"out", "dry_run", "as_json"} == set(inspect.signature(run).parameters)
-    assert set(inspect.signature(command).parameters) == shared | {"completions", "as_json"}
+    of_run = {"out", "dry_run", "as_json", "resume", "report_to"}
+    assert set(OPTIONS) | of_run == set(inspect.signature(run).parameters)
+    assert set(inspect.signature(command).parameters) == set(OPTIONS) | {"completions", "as_json"}
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_resumed_run_remembers_its_earlier_rows() -> None:
     watching.replay(rising)
     assert follow(watching, [{**DEAD, "phi": -0.3}] * 20)[1] is None
     watching = watch()
-    watching.replay([{**ROW, **DEAD}] * 3)
+    watching.replay([{**ROW, **DEAD}] * 3 + [{}, {"phi": "x"}, {**ROW, "entropy": None}])  # those say nothing
     assert follow(watching, [DEAD] * 20)[2] == PATIENCE - 3
 
 

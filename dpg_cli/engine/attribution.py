@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.metagrad import inner_run, metagradient
+from dpg_cli.engine.metagrad import inner_run, metagradient, refuse_divergence
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Examples, Metagradient
@@ -123,6 +123,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
             )
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
+        refuse_divergence(run, trace.theta)
         final = run.space.views(trace.theta)
         value = float(metric(final, model))
         if not torch.isfinite(torch.tensor(value)):
@@ -132,7 +133,6 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
         first = trace.steps[0].grad
         second = trace.steps[1].before.theta if len(trace.steps) > 1 else trace.theta
         length = float(first.norm())
-        moved = first.abs()[first != 0]
         return Metagradient(
             value=value,
             measures=metric.measures(final, model),
@@ -140,7 +140,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
             token_N_S=theta.new_zeros(examples.ids_N_S.shape),
             label_N_S_V=None,
             final=final,
-            gradient_median=float(moved.median()) if moved.numel() else 0.0,
+            gradient_median=trace.gradient_median,
             stats={"sgd_lr_matched": float((second - theta).norm()) / length if length > 0 else 0.0},
         )
     finally:

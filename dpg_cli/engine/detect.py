@@ -24,6 +24,10 @@ SIGN_ELASTICITY = 0.1  # of an update, under which it counts as sign(g)
 SIGN_SHARE = 0.5  # of the coordinates in that regime, from which a run warns
 ROUNDINGS = 4  # a change of Φ within so many units of its rounding is none
 CERTAIN = 1e-3  # nats a token, under which a generator has nothing left to choose
+FIGURES = (  # of an outer step, that the watch reads
+    *("phi", "reward_mean", "reward_std", "dead_groups"),
+    *("same_completions", "policy_grad_norm", "entropy"),
+)
 MOVED = 0.01  # share of the weights, under which an inner run changed nothing
 SAMPLE = 2**20  # coordinates that quantiles are taken of
 
@@ -132,9 +136,10 @@ class Watch:
     told: bool = False
 
     def replay(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Take in the rows of `metrics.jsonl` of an earlier part of the run."""
+        """Take in the rows of `metrics.jsonl` of an earlier part of the run; those that lack a figure are left out."""
         for row in rows:
-            self._count(row)
+            if all(isinstance(row.get(name), int | float) for name in FIGURES):
+                self._count(row)
 
     def see(
         self, numbers: Mapping[str, float], changed: Callable[[], float] = lambda: 1.0

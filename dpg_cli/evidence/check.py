@@ -127,10 +127,13 @@ def _attribution(
     if found[0].verdict == "fail":  # differences of a metric that does not move would measure rounding
         return found
     probe = _precise(config, built, replace(probe, inner=replace(inner, optimizer=optimizer)), make)
-    on_stage("finite differences")
-    found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
-    on_stage("metasmoothness")
-    found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
+    try:
+        on_stage("finite differences")
+        found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))
+        on_stage("metasmoothness")
+        found.append(metasmoothness(probe.first(SMOOTHNESS), sign.suggested))
+    except DegenerateError as error:
+        found.append(_dead(error, config))
     return found
 
 

@@ -211,7 +211,8 @@ def training(
 
     stop.in_step = True
     try:
-        train(built.players, built.spec, built.prompts.at, log, journal.first_step)
+        earlier = folder.read_metrics()[: journal.first_step]
+        train(built.players, built.spec, built.prompts.at, log, journal.first_step, earlier)
     finally:
         stop.in_step = False
 
