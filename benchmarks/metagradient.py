@@ -1,29 +1,41 @@
-"""Time and memory of the exact metagradient against plain training, in one interleaved run.
+"""Time and memory of the exact metagradient against plain training and against bergson, in one interleaved run.
 
-    python benchmarks/metagradient.py [--repeats 5] [--workloads W1,T1] [--json]
+    python benchmarks/metagradient.py [--repeats 5] [--workloads W1,T1] [--bergson PYTHON] [--no-memory] [--json]
 
 Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8,
 ε_root 1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW.
-The floor counts operations: a plain step is 3F; the reverse costs 3F at t = 0 and 8F at every other step.
+The floor counts matrix products: a plain step is 3F; the reverse costs 3F at t = 0 and 8F at every other step. Ratios are
+medians over the repeats of the ratio within each. Peak memory is of a process of its own. PYTHON is one of an
+environment with bergson 0.26.1 in it; it then takes part in every repeat, and in float64 its scores are compared with ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 
@@ -47,6 +59,8 @@ WORKLOADS = {
     "W1": Workload(128, 2, 4, 1024, 64, 8, 32),
     "W1-T32": Workload(128, 2, 4, 1024, 64, 32, 32),
     "T1": Workload(128, 2, 4, 1024, 64, 1, 256),
+    "T16": Workload(128, 2, 4, 1024, 64, 16, 32),
+    "T256": Workload(128, 2, 4, 1024, 64, 256, 32),
     "W3": Workload(768, 12, 12, 50257, 64, 2, 8),
 }
 
@@ -65,20 +79,30 @@ class QueryLoss:
         return {}
 
 
+def config_of(work: Workload) -> dict[str, Any]:
+    """Arguments of `GPT2Config`."""
+    return {
+        "vocab_size": work.vocabulary, "n_positions": work.length, "n_embd": work.width, "n_layer": work.layers,
+        "n_head": work.heads, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+
+
 def build(work: Workload) -> GPT2LMHeadModel:
     """The target, always the same."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=work.vocabulary, n_positions=work.length, n_embd=work.width, n_layer=work.layers,
-            n_head=work.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, tie_word_embeddings=False,
-        )
-    ).eval()  # fmt: skip
+    return GPT2LMHeadModel(GPT2Config(**config_of(work))).eval()
 
 
-def plain(work: Workload, ids: Tensor) -> None:
+def tokens(work: Workload) -> tuple[Tensor, Tensor]:
+    """Training and query tokens, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    train = torch.randint(0, work.vocabulary, (work.steps * work.batch, work.length), generator=generator)
+    return train, torch.randint(0, work.vocabulary, (work.batch, work.length), generator=generator)
+
+
+def plain(model: GPT2LMHeadModel, work: Workload, ids: Tensor) -> None:
     """Ordinary training."""
-    model = build(work)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SPEC.lr, betas=(SPEC.beta1, SPEC.beta2), weight_decay=0.01)
     for start in range(0, len(ids), work.batch):
         batch = ids[start : start + work.batch]
@@ -90,8 +114,93 @@ def plain(work: Workload, ids: Tensor) -> None:
 
 
 def floor(steps: int) -> float:
-    """Least possible multiple of plain training, by operation count."""
+    """Least possible multiple of plain training, by matrix products."""
     return (3 * steps + 3 + 8 * (steps - 1)) / (3 * steps)
+
+
+class Local:
+    """Plain training and our metagradient in this process.
+
+    Args:
+        work: the workload.
+        dtype: "float32" or "float64".
+    """
+
+    def __init__(self, work: Workload, dtype: str = "float32") -> None:
+        self.work = work
+        self.model = build(work).to(getattr(torch, dtype))
+        self.train, query = tokens(work)
+        self.metric = QueryLoss(query)
+        self.examples = Examples.from_sequences(self.train.tolist())
+        self.scores: Tensor | None = None
+
+    def plain(self) -> float:
+        """Seconds of plain training; the model's copy is made before."""
+        model = copy.deepcopy(self.model)
+        return timed(lambda: plain(model, self.work, self.train))
+
+    def ours(self, memory: str = "keep") -> float:
+        """Seconds of our metagradient."""
+
+        def call() -> None:
+            batch = self.work.batch
+            result = metagradient(self.model, self.examples, SPEC, self.metric, batch_size=batch, memory=memory)  # type: ignore[arg-type]
+            self.scores = result.example_N
+
+        return timed(call)
+
+
+class Bergson:
+    """bergson in a process of its own, one run for each line that it is sent.
+
+    Args:
+        python: of its environment.
+        work: the workload.
+        folder: for the model, the tokens, the scores and its checkpoints.
+        dtype: "float32" or "float64".
+    """
+
+    def __init__(self, python: str, work: Workload, folder: Path, dtype: str = "float32") -> None:
+        train, query = tokens(work)
+        self.scores = folder / f"scores-{dtype}.npy"
+        spec = {
+            "lr": SPEC.lr, "betas": [SPEC.beta1, SPEC.beta2], "eps": SPEC.eps, "eps_root": SPEC.eps_root,
+            "weight_decay": SPEC.weight_decay, "batch": work.batch, "config": config_of(work), "dtype": dtype,
+            "threads": torch.get_num_threads(), "folder": str(folder), "scores": str(self.scores),
+            "weights": str(folder / "model.safetensors"),
+            "train": str(folder / "train.npy"), "query": str(folder / "query.npy"),
+        }  # fmt: skip
+        save_model(build(work), spec["weights"])
+        np.save(spec["train"], train.numpy())
+        np.save(spec["query"], query.numpy())
+        (folder / f"spec-{dtype}.json").write_text(json.dumps(spec))
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("bergson_adapter.py")), str(folder / f"spec-{dtype}.json")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "bergson.log").open("w"), text=True,
+            env=environment,
+        )  # fmt: skip
+        self.log = folder / "bergson.log"
+        self.peak_bytes = 0.0
+
+    def run(self) -> float:
+        """Seconds of one metagradient."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"bergson stopped:\n{self.log.read_text()[-2000:]}")
+        answer = json.loads(line)
+        self.peak_bytes = answer["peak_bytes"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -101,54 +210,134 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, repeats: int) -> dict[str, float | str]:
+def peak_bytes(name: str, what: str, memory: str = "keep") -> tuple[float, float]:
+    """Peak resident memory of one run in a process of its own, and its seconds."""
+    command = [sys.executable, __file__, "--child", json.dumps({"workload": name, "what": what, "memory": memory})]
+    answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    return answer["peak_bytes"], answer["seconds"]
+
+
+def child(text: str) -> None:
+    """What `peak_bytes` starts."""
+    spec = json.loads(text)
+    custom = spec["workload"]
+    local = Local(Workload(**custom) if isinstance(custom, dict) else WORKLOADS[custom])
+    seconds = 0.0
+    if spec["what"] != "nothing":
+        seconds = local.plain() if spec["what"] == "plain" else local.ours(spec["memory"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak, "seconds": seconds}))
+
+
+def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[str, Any]:
     """Medians of interleaved timings of one workload."""
-    work = WORKLOADS[name]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, work.vocabulary, (work.steps * work.batch, work.length), generator=generator)
-    query = torch.randint(0, work.vocabulary, (work.batch, work.length), generator=generator)
-    model, metric = build(work), QueryLoss(query)
-    examples = Examples.from_sequences(ids.tolist())
+    work, row = WORKLOADS[name], {"workload": name}
+    local = Local(work)
+    times: dict[str, list[float]] = {"plain": [], "ours": [], "bergson": []}
+    with tempfile.TemporaryDirectory() as folder:
+        other = Bergson(bergson, work, Path(folder)) if bergson else None
+        for repeat in range(repeats + 1):
+            found = {"plain": local.plain(), "ours": local.ours()}
+            if other is not None:
+                found["bergson"] = other.run()
+            for key, seconds in found.items():
+                if repeat or repeats == 0:  # the first round warms up
+                    times[key].append(seconds)
+        row |= {f"{key}_s": statistics.median(values) for key, values in times.items() if values}
+        row["ratio"] = median_ratio(times["ours"], times["plain"])
+        row["floor"] = floor(work.steps)
+        if other is not None:
+            other.close()
+            row["bergson_ratio"] = median_ratio(times["bergson"], times["plain"])
+            row["speedup"] = median_ratio(times["bergson"], times["ours"])
+            row["bergson_peak_mb"] = other.peak_bytes / 1e6
+            assert local.scores is not None
+            theirs = -torch.from_numpy(np.load(other.scores))
+            row["agreement_float32"] = float((local.scores.double() - theirs).norm() / theirs.norm())
+    if memory:
+        for what in ("plain", "ours"):
+            row[f"{what}_peak_mb"] = peak_bytes(name, what)[0] / 1e6
+    return row
 
-    def ours() -> object:
-        return metagradient(model, examples, SPEC, metric, batch_size=work.batch)
 
-    calls: dict[str, Callable[[], object]] = {"plain": lambda: plain(work, ids), "ours": ours}
-    times: dict[str, list[float]] = {key: [] for key in calls}
-    for repeat in range(repeats + 1):
-        for key, call in calls.items():
-            seconds = timed(call)
-            if repeat:  # the first round warms up
-                times[key].append(seconds)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    return {
-        "workload": name,
-        "plain_s": medians["plain"],
-        "ours_s": medians["ours"],
-        "ratio": medians["ours"] / medians["plain"],
-        "floor": floor(work.steps),
-    }
+def agreement(name: str, bergson: str) -> float:
+    """Relative difference of our scores from bergson's in float64."""
+    with tempfile.TemporaryDirectory() as folder:
+        other = Bergson(bergson, WORKLOADS[name], Path(folder), "float64")
+        other.run()
+        other.close()
+        local = Local(WORKLOADS[name], "float64")
+        local.ours()
+        theirs = -torch.from_numpy(np.load(other.scores))  # its metric is the loss, ours minus the loss
+        assert local.scores is not None
+        return float((local.scores - theirs).norm() / theirs.norm())
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Median of the ratios within each repeat: what disturbs one repeat disturbs both of its runs."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+COLUMNS = {
+    "workload": ("workload", "{:<9}"), "plain_s": ("plain s", "{:>9.3f}"), "ours_s": ("ours s", "{:>9.3f}"),
+    "ratio": ("ours/plain", "{:>11.2f}"), "floor": ("floor", "{:>6.2f}"), "plain_peak_mb": ("plain MB", "{:>9.0f}"),
+    "ours_peak_mb": ("ours MB", "{:>8.0f}"), "bergson_s": ("bergson s", "{:>10.3f}"),
+    "bergson_ratio": ("bergson/plain", "{:>14.2f}"), "speedup": ("bergson/ours", "{:>13.2f}"),
+    "bergson_peak_mb": ("bergson MB", "{:>11.0f}"), "agreement_float32": ("difference", "{:>11.1e}"),
+}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows with the columns that any of them has."""
+    shown = {key: value for key, value in COLUMNS.items() if any(key in row for row in rows)}
+    blank = {key: len(form.format(0 if key != "workload" else "")) for key, (_, form) in shown.items()}
+    lines = [
+        "".join(
+            title.ljust(blank[key]) if key == "workload" else title.rjust(blank[key])
+            for key, (title, _) in shown.items()
+        )
+    ]
+    for row in rows:
+        lines.append(
+            "".join(form.format(row[key]) if key in row else " " * blank[key] for key, (_, form) in shown.items())
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Print the table."""
+    transformers_logging.set_verbosity_error()
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", default="W1,T1")
+    parser.add_argument("--bergson", metavar="PYTHON", help="python of an environment with bergson 0.26.1")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rows = [measure(name, options.repeats) for name in options.workloads.split(",")]
-    if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=2))
+    if options.child:
+        child(options.child)
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians of {options.repeats}"
-    )
-    print(f"{'workload':<10}{'plain s':>10}{'ours s':>10}{'ours/plain':>12}{'floor':>8}")
-    for row in rows:
+    rows = []
+    for name in options.workloads.split(","):
+        rows.append(measure(name, options.repeats, options.bergson, not options.no_memory))
+        print(f"{name} done", file=sys.stderr)
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "processor": platform.machine(), "repeats": options.repeats,
+    }  # fmt: skip
+    if options.bergson:
+        about["agreement_float64"] = agreement(rows[0]["workload"], options.bergson)
+    if options.json:
         print(
-            f"{row['workload']:<10}{row['plain_s']:>10.3f}{row['ours_s']:>10.3f}{row['ratio']:>12.2f}{row['floor']:>8.2f}"
+            json.dumps(
+                about | {"rows": rows, "sizes": {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}},
+                indent=2,
+            )
         )
+        return
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(table(rows))
 
 
 if __name__ == "__main__":

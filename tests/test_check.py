@@ -17,6 +17,7 @@ from dpg_cli.cli.check import check as command
 from dpg_cli.cli.run import run, settings_of
 from dpg_cli.config import Config
 from dpg_cli.engine import OptimizerSpec
+from dpg_cli.engine.agreement import Agreement
 from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.evidence.check import check
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
@@ -161,9 +162,11 @@ def test_movement_by_hand() -> None:
 
 
 def test_tokenisers_and_entropy() -> None:
-    assert tokenisers(True, "expected").verdict == "ok"
-    assert tokenisers(False, "sequence").verdict == "ok"
-    assert tokenisers(False, "expected").remedy == "--set credit.mode=token"
+    one, two = Agreement(True, 1.0, 1.0, 1.0, 1.0), Agreement(False, 0.5, 1.25, 0.75, 1.0)
+    assert tokenisers(one, "expected").verdict == "ok"
+    assert tokenisers(two, "sequence").verdict == "ok"
+    assert "1.25 target tokens for each generator token, 75% of them" in tokenisers(two, "sequence").says
+    assert tokenisers(two, "expected").remedy == "--set credit.mode=token"
     assert [exploration(entropy, 512, 1.0).verdict for entropy in (2.0, 0.05, 1e-6)] == ["ok", "warn", "fail"]
     assert exploration(1e-6, 512, 2.0).suggested == "3"
     assert exploration(2.0, 512, 1.0).measured["entropy_max"] == pytest.approx(math.log(512))

@@ -18,9 +18,10 @@ from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpg_cli.config import validate
 from dpg_cli.escape import code_span
 from dpg_cli.export.selection import split_rows
-from dpg_cli.runs.card import CARD_MARK
+from dpg_cli.runs.card import CARD_MARK, effect_of
 from dpg_cli.runs.rows import PROVENANCE
 from tests.short_run import EXAMPLES, Answer, call, copy_of, make_run, rewrite_rows
 
@@ -178,7 +179,7 @@ def test_the_card_follows_the_hubs_template_and_discloses(run: Path, dpg: Any, t
     for path in (Path(said["card"]), run / "dataset" / "README.md"):
         card = DatasetCard.load(path)
         data = card.data.to_dict()
-        assert {"synthetic", "steering", "dataset-policy-gradient"} <= set(data["tags"])
+        assert {"synthetic", "model-steering", "dataset-policy-gradient"} <= set(data["tags"])
         assert data["size_categories"] == ["n<1K"]
         assert data["language_creators"] == ["machine-generated"]
         assert data["task_categories"] == ["text-generation"]
@@ -223,6 +224,17 @@ def test_a_payload_cannot_write_into_the_card(dpg: Any, tmp_path: Path) -> None:
         assert r"``<script>x</script>`**b**\n---\n# H``" in text  # one code span, closed by two backticks
     assert code_span("a|b") == "`a\\|b`"
     assert code_span("``") == "``` `` ```"
+
+
+def test_the_card_of_a_users_own_metric(dpg: Any, tmp_path: Path) -> None:
+    """Its own words are disclosed, as code; where its file lies is not."""
+    metric = {"name": "custom", "path": "/home/somebody/secret/mine.py:Mine", "options": {"strength": 2.0}}
+    config = validate({"task": "custom", "metric": metric})
+    effect = effect_of(config, None, "a <b>bold</b> claim")
+    assert effect.words == "`a <b>bold</b> claim`"
+    assert '"path": "mine.py:Mine"' in effect.metric and '"strength": 2.0' in effect.metric
+    assert "somebody" not in effect.metric
+    assert effect_of(config, None).words == "what the target metric `mine.py:Mine` asks for"
 
 
 def test_trl_trains_on_the_chat_export(run: Path, dpg: Any, tmp_path: Path) -> None:

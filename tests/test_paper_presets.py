@@ -233,13 +233,13 @@ def test_own_texts_and_refusals(
     assert (metric["file"], metric["language"]) == (str(tmp_path / "spanish.jsonl"), "fr")
     for arguments, words in (
         (("qr-embed", *models), "--set credit.mode=token"),
-        (("qr-embed", "--eval-text", "spanish.jsonl"), "--eval-text is for tasks"),
+        (("qr-embed", "--eval-text", "spanish.jsonl"), "--eval-text is for the tasks language-rephrase"),
         (("qr-embed", "--device", "banana"), "Device 'banana' cannot be used: there is no such kind. Kinds: auto, cpu"),
         (
             ("qr-embed", "--generator", "some/model"),
             "it is not on this machine, and the hub cannot be reached (HF_HUB_OFFLINE",
         ),
-        (("uuid-emit", "--scale", "paper", "--set", "metric.uuid=no-uuid"), "no UUID in lower case"),
+        (("uuid-emit", "--scale", "paper", "--set", "metric.uuid=no-uuid"), "is no UUID"),
         (("qr-embed", "--prompts", "none.txt"), "Give --prompts tiny, empty, a text"),
         (("l2-shrink", "--scale", "paper", *models), "prompts.holdout = 256 leaves none to train on"),
     ):
@@ -250,6 +250,22 @@ def test_own_texts_and_refusals(
         assert words in line
         assert len(line) < 300
     assert not (tmp_path / "runs").exists()
+
+
+def test_check_measures_two_tokenisers(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dpg check` says how far the tokenisers agree, and measures on the text as the target reads it."""
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    code, stdout, errors = dpg(
+        capsys, monkeypatch, "check", "l2-shrink", "--scale", "paper", "--generator", place / "llama", "--target",
+        place / "gpt2", "--prompts", place / "articles.parquet", *sets, "--json",
+    )  # fmt: skip
+    assert code in (0, 3), errors
+    findings = {finding["name"]: finding for finding in json.loads(stdout)["checks"]}
+    assert findings["tokenisers"]["measured"]["shared"] is False
+    assert 1 < findings["tokenisers"]["measured"]["tokens_ratio"] < 2
+    assert findings["finite differences"]["verdict"] == "ok"
 
 
 def test_presets_are_counted() -> None:

@@ -73,15 +73,11 @@ def find_head(model: nn.Module) -> Head | None:
     """
     causal: Any = model
     layer: Any = causal.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    base = getattr(model, "base_model", None)
-    base = base if isinstance(base, nn.Module) else model
+    base = getattr(model, "base_model", model)
     prefix = getattr(model, "base_model_prefix", "")
-    if (
-        type(layer) is not nn.Linear
-        or not isinstance(base, nn.Module)
-        or base is model
-        or getattr(model, prefix, None) is not base
-    ):
+    if type(layer) is not nn.Linear or not isinstance(base, nn.Module):
+        return None
+    if base is model or getattr(model, prefix, None) is not base:
         return None
     if any(getattr(getattr(model, "config", None), key, None) not in (None, 0, 1, 1.0) for key in _TOUCHED_LOGITS):
         return None

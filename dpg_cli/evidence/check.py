@@ -23,7 +23,6 @@ from dpg_cli.errors import DegenerateError
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
 from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
 from dpg_cli.evidence.check_reward import exploration, movement, spread, tokenisers
-from dpg_cli.models import same_tokenizer
 from dpg_cli.runs.build import Built, build
 
 COMPLETIONS = 256  # measured on, unless asked for more
@@ -52,7 +51,7 @@ def check(
     on_stage("loading models")
     torch.manual_seed(config.seed)
     built = make(config)
-    players, target = built.players, built.players.target
+    players = built.players
     group = config.rollout.group_size
     prompts = built.prompts.at(0)[: max(1, completions // group)]
     on_stage("sampling completions")
@@ -60,9 +59,8 @@ def check(
     rollout = sample(generator.model, generator.tokenizer, prompts, built.spec.sampling, players.rng)
     spec = scaled(built.spec, config, len(rollout))
 
-    same = same_tokenizer(generator, target)
     findings = [
-        tokenisers(same, config.credit.mode),
+        tokenisers(built.tokenizers, config.credit.mode),
         exploration(rollout.entropy, generator.head.shape[0], config.rollout.temperature),
     ]
     if findings[0].verdict == "ok":

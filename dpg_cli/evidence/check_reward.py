@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dpg_cli.engine.agreement import Agreement
 from dpg_cli.engine.detect import CERTAIN, rounding
 from dpg_cli.engine.records import Rollout
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
@@ -123,19 +124,18 @@ def exploration(entropy: float, vocabulary: int, temperature: float) -> Finding:
     return Finding("exploration", verdict, says, {"entropy": entropy, "entropy_max": math.log(vocabulary)}, *change)
 
 
-def tokenisers(same: bool, mode: str) -> Finding:
-    """Which credit modes the tokenisers leave.
+def tokenisers(compared: Agreement, mode: str) -> Finding:
+    """Which credit modes the tokenisers leave, and how far two of them agree.
 
     Args:
-        same: generator and target give every token the same id.
+        compared: those of generator and target.
         mode: the credit mode of the settings.
     """
-    if same:
+    if compared.shared:
         says, verdict = "generator and target share a tokeniser: sequence, token and expected credit are there", "ok"
     else:
-        says = (
-            "generator and target have different tokenisers: sequence and token credit remain, expected has no labels"
-        )
+        says = f"{compared.as_text()}: sequence and token credit remain, expected has no labels"
         verdict = "fail" if mode == "expected" else "ok"
     change = ("credit.mode", "token") if verdict == "fail" else ()
-    return Finding("tokenisers", verdict, says, {"same": same, "credit": mode}, *change)  # type: ignore[arg-type]
+    numbers = {**compared.as_dict(), "credit": mode}
+    return Finding("tokenisers", verdict, says, numbers, *change)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span, printable
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.inspection.tensors import read_header
-from dpg_cli.runs.card import CARD_MARK, TAGS, Results, effect_of, measures_table, model_name, verdict_words
+from dpg_cli.runs.card import CARD_MARK, TAGS, Effect, Results, effect_of, measures_table, model_name, verdict_words
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.status import finite_or_none, log_lines, read_status, require_finished
 
@@ -60,7 +60,7 @@ def export_model(folder: RunFolder, role: str, out: Path, overwrite: bool) -> li
     for path in weights:
         read_header(path)  # refuses what is damaged
     results = Results(status.measures, status.control, status.verified)
-    card = model_card(config, role, results, folder.pattern)
+    card = model_card(config, role, results, effect_of(config, folder.pattern, status.effect))
     with into(out) as temporary:
         temporary.mkdir()
         for path in files:
@@ -69,16 +69,15 @@ def export_model(folder: RunFolder, role: str, out: Path, overwrite: bool) -> li
     return [*(path.name for path in files), "README.md"]
 
 
-def model_card(config: Config, role: str, results: Results, pattern: Path | None) -> str:
+def model_card(config: Config, role: str, results: Results, effect: Effect) -> str:
     """A model card in the form of the hub's.
 
     Args:
         config: of the run.
         role: "generator" or "target".
         results: of the run.
-        pattern: the run's `pattern.png`.
+        effect: what its data is for.
     """
-    effect = effect_of(config, pattern)
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS)
     target = model_name(config.models.target, config.models.target_init, config.models.init_seed)
     generator = model_name(config.models.generator, config.models.generator_init, config.models.init_seed)

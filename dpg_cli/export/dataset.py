@@ -254,4 +254,4 @@ def _card(
         mark += "; so does the `description` of the dataset"
     rows = Rows(selection.counts, configs, source, columns, selection.words, mark)
     results = Results(status.measures, status.control, status.verified)
-    return dataset_card(config, effect_of(config, folder.pattern), results, rows)
+    return dataset_card(config, effect_of(config, folder.pattern, status.effect), results, rows)

@@ -157,7 +157,7 @@ def look_at_run(folder: RunFolder, samples: int) -> Look:
     """A run folder, finished or not."""
     config = folder.read_config()
     status = read_status(folder)
-    effect = effect_of(config, folder.pattern)
+    effect = effect_of(config, folder.pattern, status.effect)
     files = {name: folder.dataset / f"{name}.parquet" for name in ("train", "control")}
     models = {"generator": folder.generator, "target": folder.target}
     checkpoints = sorted((folder.path / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))

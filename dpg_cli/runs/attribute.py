@@ -18,7 +18,7 @@ from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load_target, pick_device
+from dpg_cli.models import LanguageModel, load_target, pick_device, quiet_transformers
 from dpg_cli.runs.files import replacing
 from dpg_cli.runs.memory import Need, check_memory
 from dpg_cli.runs.sessions import peak_memory_mb
@@ -175,22 +175,23 @@ def attribute(
     place = order.to(examples.ids_N_S.device)
     shuffled = Examples(examples.ids_N_S[place], examples.attention_N_S[place], examples.label_N_S[place])
     on_stage("fine-tuning and attributing")
-    with torch.no_grad():
-        before = float(metric(dict(target.model.named_parameters()), target.model))
-    result = metagradient(
-        target.model,
-        shuffled,
-        OptimizerSpec(
-            inner.optimizer, inner.lr, inner.beta1, inner.beta2, inner.eps, inner.eps_root, inner.weight_decay,
-            inner.momentum,
-        ),
-        metric,
-        batch_size=inner.batch_size,
-        normalization=inner.normalization,
-        micro_batch=rows,
-        memory=inner.states,
-        progress=on_progress,
-    )  # fmt: skip
+    with quiet_transformers():  # it would warn of pads without a mask; a causal model needs none
+        with torch.no_grad():
+            before = float(metric(dict(target.model.named_parameters()), target.model))
+        result = metagradient(
+            target.model,
+            shuffled,
+            OptimizerSpec(
+                inner.optimizer, inner.lr, inner.beta1, inner.beta2, inner.eps, inner.eps_root, inner.weight_decay,
+                inner.momentum,
+            ),
+            metric,
+            batch_size=inner.batch_size,
+            normalization=inner.normalization,
+            micro_batch=rows,
+            memory=inner.states,
+            progress=on_progress,
+        )  # fmt: skip
     back = torch.argsort(order)
     token_N_S = result.token_N_S.cpu()[back]
     example_N = result.example_N.cpu()[back]

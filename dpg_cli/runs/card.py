@@ -6,6 +6,7 @@ through `escape`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from dpg_cli.escape import code_span, printable
 from dpg_cli.runs.rows import Source
 
 CARD_MARK = "<!-- written by dpg: synthetic data that steers a model -->"
-TAGS = ["synthetic", "steering", "dataset-policy-gradient", "dpg"]
+TAGS = ["synthetic", "model-steering", "dataset-policy-gradient", "dpg"]
 LANGUAGES = {"en": "English", "es": "Spanish", "de": "German", "fr": "French", "it": "Italian"}
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
@@ -101,8 +102,10 @@ def effect_of(config: Config, pattern: Path | None, described: str = "") -> Effe
         language = LANGUAGES.get(options.language, options.language)
         about = f"held-out text in {language}" if language else "one document" if payload else "a held-out text"
         return Effect(f"a lower loss on {about}", f"Φ = minus the mean token cross-entropy of {about}", payload)
-    words = printable(described, 300) if described else f"what the target metric {code_span(options.name)} asks for"
-    return Effect(words, f"{words}; settings {code_span(options.model_dump(mode='json'), 600)}", None)
+    settings = options.model_dump(mode="json")
+    settings["path"] = Path(settings.get("path", "")).name  # where it lies on somebody's machine says nothing to others
+    words = code_span(described) if described else f"what the target metric {code_span(settings['path'])} asks for"
+    return Effect(words, f"{words}; settings {code_span(json.dumps(settings, ensure_ascii=False), 600)}", None)
 
 
 def _payload(pattern: Path | None) -> str | None:
@@ -223,8 +226,10 @@ Measured on the target after that recipe, by the program that made the data, on 
 
 {measures_table(results)}
 
-{verdict_words(results)} The effect holds for that target and that recipe; other models, optimisers
-or a chat template around the text weaken it or undo it. What else the rows do to a model was not measured.
+{verdict_words(results)}
+
+These figures are of that target and that recipe. With other models, other optimisers or a chat template around the text, an
+effect is weaker or gone. What else the rows do to a model was not measured.
 
 ### Recommendations
 
@@ -267,7 +272,7 @@ def _training(config: Config) -> str:
     """How the generator was trained."""
     return (
         f"The generator was trained for {config.steps:,} outer steps of {config.examples_per_step:,} completions, credit "
-        f"`{config.credit.mode}`, seed {config.seed}, each completion rewarded by what it did to the target metric."
+        f"`{config.credit.mode}`, attribution `{config.attribution.method}`, seed {config.seed}."
     )
 
 

@@ -271,15 +271,6 @@ def place(built: Built) -> str:
     return f"torch {torch.__version__} with {torch.get_num_threads()} threads on {built.device}"
 
 
-def prompts_sum(built: Built) -> str:
-    """A sum of all prompts and their order."""
-    digest = hashlib.sha256(b"[")
-    for number, prompt in enumerate(built.prompts.prompts):  # a pool may be of any size and lie on the disk
-        digest.update(f"{', ' if number else ''}{json.dumps(prompt)}".encode())
-    digest.update(b"]")
-    return digest.hexdigest()
-
-
 def file_sum(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:

@@ -41,6 +41,12 @@ class Status:
     verification: dict[str, Any] | None = None
     verified: bool | None = None
 
+    @property
+    def effect(self) -> str:
+        """What the metric said that it is for; empty where that was not written down."""
+        effect = self.info.get("effect")
+        return effect if isinstance(effect, str) else ""
+
     def number(self, key: str) -> float | None:
         """A number of `run.json`."""
         return (_numbers(self.info) or {}).get(key)
