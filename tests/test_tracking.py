@@ -15,6 +15,8 @@ import pytest
 from dpg_cli.cli import main
 from dpg_cli.errors import UsageError
 from dpg_cli.presets import find, resolve
+from dpg_cli.report.curves import measures
+from dpg_cli.report.gather import gather
 from dpg_cli.runs import tracking
 from dpg_cli.runs.execute import execute
 from dpg_cli.runs.folder import RunFolder
@@ -102,6 +104,22 @@ def test_settings_become_flat() -> None:
     assert flattened({"a": {"b": {"c": 1.5}, "d": [1, 2]}, "e": True, "f": None}) == {
         "a.b.c": 1.5, "a.d": "[1, 2]", "e": True, "f": "None",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "also"), [("sgd", {"sgd_lr", "phi_runs_std"}), ("naive", {"phi_runs_mean"}), ("language-id", set())]
+)
+def test_controls_log_what_is_documented(method: str, also: set[str], tmp_path: Path) -> None:
+    settings = [*TINY, f"attribution.method={method}", "attribution.inner_runs=2", "credit.mode=sequence"]
+    config = resolve(find("language-rephrase.tiny").data(), settings, {})
+    folder = RunFolder.free(tmp_path / "run")
+    execute(config, folder)
+    keys = set(json.loads(folder.metrics.read_text().splitlines()[0]))
+    assert also <= keys <= DOCUMENTED
+    assert measures(gather(folder).rows) == [
+        "loss",
+        "perplexity",
+    ]  # whatever else is logged is no measure of the target
 
 
 @pytest.mark.parametrize("task", ["qr-embed", "l2-shrink", "language-rephrase"])

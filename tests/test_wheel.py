@@ -23,6 +23,9 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
         "dpg_cli/_presets/qr-embed.tiny.toml",
         "dpg_cli/tiny/model/model.safetensors",
         "dpg_cli/tiny/model/README.md",
+        "dpg_cli/report/page.html",
+        "dpg_cli/report/style.css",
+        "dpg_cli/report/browse.js",
     ):
         assert part in names
     assert wheel.stat().st_size < 5_000_000

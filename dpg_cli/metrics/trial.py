@@ -19,7 +19,8 @@ from dpg_cli.models import LanguageModel
 
 RESERVED = frozenset(
     {"step", "reward_mean", "reward_std", "reward_within_groups", "dead_groups", "gradient_median", "entropy", "lr"}
-    | {"examples", "tokens", "completion_tokens"}
+    | {"examples", "tokens", "completion_tokens", "well_formed", "well_formed_asked"}
+    | {"same_completions", "sign_share", "elasticity", "sgd_lr", "phi_runs_mean", "phi_runs_std"}
     | {"seconds", "seconds_rollout", "seconds_metagradient", "seconds_policy"}
 )
 """Names in `metrics.jsonl` that a measure would overwrite; so would any that begins with `policy_`."""

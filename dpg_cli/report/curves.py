@@ -10,7 +10,8 @@ from dpg_cli.report.charts import Chart, Line, short
 
 # Keys that are no measure of the target. Whatever else a line of metrics.jsonl holds is a measure and gets a curve.
 _BOOKKEEPING = {"step", "phi", "gradient_median", "entropy", "lr", "examples", "tokens", "completion_tokens", "seconds"}
-_GROUPED = ("reward_", "policy_", "seconds_", "advantage_", "well_formed", "dead_groups")
+_BOOKKEEPING |= {"sign_share", "elasticity", "same_completions", "sgd_lr"}
+_GROUPED = ("phi_runs_", "reward_", "policy_", "seconds_", "advantage_", "well_formed", "dead_groups")
 _SHARES = {"pixel_accuracy", "accuracy"}
 
 # (title, unit, about, shares, {key: label}); a chart appears where at least one of its keys was logged.
@@ -27,7 +28,20 @@ _SPREAD = [
         "share",
         "Only differences within a group (completions of one prompt) teach in sequence credit; a dead group has none.",
         True,
-        {"reward_within_groups": "of the variance, within groups", "dead_groups": "of the groups, dead"},
+        {
+            "reward_within_groups": "of the variance, within groups",
+            "dead_groups": "of the groups, dead",
+            "same_completions": "of the groups, of one text",
+        },
+    ),
+]
+_INNER = [
+    (
+        "How far the inner update is from a sign",
+        "",
+        "Where all updates are signs, rewards vanish: raise inner.eps. The elasticity is then 0; 1 is linear in the data.",
+        True,
+        {"sign_share": "share of updates that are nearly signs", "elasticity": "median elasticity of an update"},
     ),
 ]
 _GENERATOR = [
@@ -104,7 +118,7 @@ def curves(rows: Sequence[Mapping[str, Any]], control: Mapping[str, Any]) -> lis
         title = name.replace("_", " ").capitalize()
         share = name in _SHARES
         charts.append(_chart(rows, len(charts), title, "", about, share, {name: title}, control.get(name)))
-    for title, unit, about, share, keys in (*_SPREAD, *_GENERATOR):
+    for title, unit, about, share, keys in (*_SPREAD, *_INNER, *_GENERATOR):
         charts.append(_chart(rows, len(charts), title, unit, about, share, keys, None))
     return [chart for chart in charts if chart is not None]
 
