@@ -17,7 +17,7 @@ import statistics
 from dataclasses import asdict, replace
 from typing import Any
 
-from metagradient import WORKLOADS, Workload, peak_bytes
+from metagradient import Workload, peak_bytes
 
 SMALL = Workload(64, 1, 2, 1024, 64, 2, 8)
 

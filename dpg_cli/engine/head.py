@@ -75,9 +75,8 @@ def find_head(model: nn.Module) -> Head | None:
     layer: Any = causal.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base: Any = getattr(model, "base_model", model)
     prefix = getattr(model, "base_model_prefix", "")
-    if type(layer) is not nn.Linear or base is model:
-        return None
-    if getattr(model, prefix, None) is not base:
+    named: Any = getattr(model, prefix, None)
+    if type(layer) is not nn.Linear or base is model or named is not base:
         return None
     if any(getattr(getattr(model, "config", None), key, None) not in (None, 0, 1, 1.0) for key in _TOUCHED_LOGITS):
         return None
