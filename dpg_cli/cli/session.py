@@ -50,7 +50,8 @@ def session(
     from dpg_cli.runs.execute import StopRequest, execute, finished
     from dpg_cli.runs.tracking import Trackers
 
-    if resume and (known := finished(folder, config)) is not None:
+    say = lambda line: typer.echo(one_line(line), err=True)  # noqa: E731
+    if resume and (known := finished(folder, config, say)) is not None:
         sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")
         report(folder, known, as_json)
         return
