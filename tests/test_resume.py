@@ -379,6 +379,27 @@ def test_files_follow_the_umask_and_reach_their_place_whole(tmp_path: Path, stop
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x"]
 
 
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last rename fails, the folder that stood there stands again."""
+    place = tmp_path / "x"
+    for number in (1, 2):
+        with replacing(place) as temporary:
+            temporary.mkdir()
+            (temporary / f"file-{number}").write_text("x")
+        assert [path.name for path in tmp_path.rglob("*")] == ["x", f"file-{number}"]
+    real = Path.replace
+
+    def replace(path: Path, to: Path) -> Path:
+        if to == place and "old" not in path.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UsageError, match="Input/output error"), replacing(place) as temporary:
+        temporary.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file-2"]
+
+
 def test_a_disk_that_fills_up(stopped: RunFolder, reference: dict[str, Any]) -> None:
     """In a process of its own that may let no file grow past 100 kB: libraries' own writing fails half-way."""
 
