@@ -161,6 +161,32 @@ def test_a_checkpoint_of_a_run(run: Path, dpg: Any) -> None:
     assert said["models"]["generator"]["head"] == kept["head"]
     assert said["models"]["generator"]["parameters"] == 334_464
     assert said["models"]["optimizer"]["parameters"] == 2 * 334_464 + 29  # two moments, and a step a tensor
+    assert said["settings"] == as_json(dpg, run)["settings"]
+    assert said["history"] == as_json(dpg, run)["history"]
+    assert said["history"]["steps"] == 2
+    answer = dpg("inspect", run / "checkpoints" / "step-2")
+    assert "step-2: checkpoint after outer step 2 of 2, run of qr-embed (tiny)\n" in answer.out
+
+
+def test_a_checkpoint_shows_the_log_up_to_it(run: Path, dpg: Any, tmp_path: Path) -> None:
+    copy_of(run, tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "step-1"
+    (tmp_path / "run" / "checkpoints" / "step-2").rename(place)
+    header = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**header, "step": 1}))
+    history = as_json(dpg, place)["history"]
+    whole = as_json(dpg, run)["history"]
+    assert history["steps"] == 1
+    assert history["columns"]["phi"]["last"] == whole["columns"]["phi"]["first"]
+    for odd in (
+        {**header, "step": -1},
+        {**header, "step": "x"},
+        {**header, "settings": {"steps": "x"}},
+        {"step": True},
+    ):
+        (place / "state.json").write_text(json.dumps(odd))
+        assert dpg("inspect", place).code == 0
+        assert as_json(dpg, place)["kind"] == "checkpoint"
 
 
 def test_a_checkpoint_is_shown_file_by_file(dpg: Any, tmp_path: Path) -> None:

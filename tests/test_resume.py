@@ -437,14 +437,19 @@ def test_the_commands(
         (["run", "pattern-67", "--resume"], "--out RUN"),
         (["resume", tmp_path / "none"], "holds no run"),
         (["resume", tmp_path], "no config.toml"),
+        (["resume", stopped.path, "--report-to", "nothing"], "There are tensorboard, wandb, trackio"),
     ):
         code, out, err = dpg(*arguments)
         assert (code, out) == (2, ""), err
         assert err.splitlines()[-1].startswith("dpg: ")
         assert fault in err.splitlines()[-1]
 
-    code, out, err = dpg("resume", stopped.path, "--json")
+    opened = []
+    monkeypatch.setattr("dpg_cli.runs.tracking.Trackers.open", lambda trackers, *rest: opened.append(trackers))
+    monkeypatch.setattr("dpg_cli.runs.tracking.importlib.util.find_spec", lambda name: name)
+    code, out, err = dpg("resume", stopped.path, "--json", "--report-to", "tensorboard")
     assert code == 0, err
+    assert [(trackers.names, trackers.start) for trackers in opened] == [(["tensorboard"], 2)]
     assert json.loads(out)["sessions"] == 2
     assert "going on after outer step 2 of 4" in err
     assert "step 4/4" in err

@@ -16,6 +16,9 @@ def resume(
         str | None,
         typer.Option(help="The file of a custom metric, again: FILE.py:Name. No run folder is trusted to name it."),
     ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Also log the steps that are left to tensorboard, wandb or trackio.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
     """Go on with a run that was interrupted or killed, from its newest checkpoint.
@@ -31,7 +34,9 @@ def resume(
     """
     from dpg_cli.cli.session import session
     from dpg_cli.runs.folder import RunFolder
+    from dpg_cli.runs.tracking import check_names
 
+    trackers = check_names(report_to or [])
     try:
         RunFolder.free(run, leftovers=True)
     except UsageError:
@@ -42,4 +47,4 @@ def resume(
             "Nothing is lost; start it with dpg run.",
         )
     folder = RunFolder.open(run)
-    session(folder.read_config(), folder, resume=True, as_json=as_json, named_metric=metric)
+    session(folder.read_config(), folder, resume=True, as_json=as_json, named_metric=metric, trackers=trackers)
