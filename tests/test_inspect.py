@@ -224,6 +224,19 @@ def test_values_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
     assert file.norm("one") == pytest.approx(abs(float(values[0, 0].double())), rel=1e-12)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x4B50, 0x180])
+def test_a_header_may_have_any_length(length: int, tmp_path: Path) -> None:
+    """Its length is how the file begins: 0x80 is also how pickles begin, 0x4B50 is PK, as archives do."""
+    entry = '{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    values = np.array([3.0, 4.0], np.float32)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + entry.ljust(length).encode() + values.tobytes())
+    assert read_header(path).norm("x") == 5.0
+    path.write_bytes(length.to_bytes(8, "little") + entry.ljust(length).encode() + b"1234")
+    with pytest.raises(UsageError, match="pickle or an archive" if length != 0x180 else "pickle|damaged"):
+        read_header(path)
+
+
 def test_sharded_models(tmp_path: Path, dpg: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     model.save_pretrained(tmp_path / "m", max_shard_size="300KB")
