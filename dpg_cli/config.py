@@ -272,6 +272,15 @@ class PolicyConfig(Section):
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
 
 
+class TrlConfig(Section):
+    """What only `trainer = "trl"` reads."""
+
+    vllm: Literal["off", "colocate", "server"] = Field(
+        "off", description="rollouts by vLLM through TRL: on the GPUs that train, or on a server; extra `vllm`"
+    )
+    gradient_checkpointing: bool = Field(False, description="of the generator: less memory, about a third more time")
+
+
 class DatasetConfig(Section):
     """The dataset that a finished run exports."""
 
@@ -298,6 +307,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: PositiveInt = Field(100, description="outer steps")
     device: str = "auto"
+    trainer: Literal["dpg", "trl"] = Field(
+        "dpg", description="who trains the generator: dpg's own loop, or TRL's GRPOTrainer"
+    )
     models: ModelsConfig = ModelsConfig()
     metric: MetricOptions = PatternOptions()
     prompts: PromptsConfig = PromptsConfig()
@@ -306,6 +318,7 @@ class Config(Section):
     attribution: AttributionConfig = AttributionConfig()
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
+    trl: TrlConfig = TrlConfig()
     dataset: DatasetConfig = DatasetConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -364,6 +377,11 @@ class Config(Section):
             raise ValueError(
                 'models.redraw_target: needs models.target_init = "random" and a text-loss metric; the others compare with '
                 "the weights of one target"
+            )
+        if self.trainer == "trl" and (self.credit.mode != "sequence" or self.models.redraw_target):
+            raise ValueError(
+                "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
+                "models.redraw_target = false, or trainer = 'dpg'"
             )
         if self.rollout.min_tokens > self.rollout.max_tokens:
             raise ValueError(

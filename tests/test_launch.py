@@ -66,7 +66,9 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.processes() == 1
 
 
-def test_accelerate_that_started_one_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate_that_started_one_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without GPUs, `accelerate launch --num_processes 2` starts a single process, silently."""
     for name in launch.SIZE_NAMES:
         monkeypatch.delenv(name, raising=False)

@@ -92,6 +92,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help="dpg, or trl: TRL's GRPOTrainer with the metagradient as reward (sequence credit)."),
+    ] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")
     ] = None,
