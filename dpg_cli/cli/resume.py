@@ -16,6 +16,9 @@ def resume(
         str | None,
         typer.Option(help="The file of a custom metric, again: FILE.py:Name. No run folder is trusted to name it."),
     ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Also log the steps that are left to tensorboard, wandb or trackio.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
     """Go on with a run that was interrupted or killed, from its newest checkpoint.
@@ -33,7 +36,9 @@ def resume(
     from dpg_cli.cli.session import follow, session
     from dpg_cli.launch import joined
     from dpg_cli.runs.folder import RunFolder
+    from dpg_cli.runs.tracking import check_names
 
+    trackers = check_names(report_to or [])
     try:
         RunFolder.free(run, leftovers=True)
     except UsageError:
@@ -47,6 +52,6 @@ def resume(
     config = folder.read_config()
     with joined(config.device) as ranks:
         if ranks.first:
-            session(config, folder, resume=True, as_json=as_json, named_metric=metric, ranks=ranks)
+            session(config, folder, resume=True, as_json=as_json, named_metric=metric, trackers=trackers, ranks=ranks)
         else:
             follow(ranks, metric)

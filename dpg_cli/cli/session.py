@@ -57,7 +57,7 @@ def session(
     from dpg_cli.runs.tracking import Trackers
 
     ranks = ranks or ALONE
-    known = finished(folder, config) if resume else None
+    known = finished(folder, config, lambda line: typer.echo(one_line(line), err=True)) if resume else None
     ranks.agreed(None if known else {"config": config.model_dump(mode="json"), "folder": str(folder.path)})
     if known is not None:
         sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")

@@ -46,8 +46,8 @@ class StopRequest:
     in_step: bool = False
 
 
-def finished(folder: RunFolder, config: Config) -> Outcome | None:
-    """The outcome of a run that needs no resume.
+def finished(folder: RunFolder, config: Config, on_stage: Callable[[str], None] = lambda stage: None) -> Outcome | None:
+    """The outcome of a run that needs no resume. A page that its end cut off is written now.
 
     Raises:
         UsageError: if it was begun with other settings than these.
@@ -55,6 +55,10 @@ def finished(folder: RunFolder, config: Config) -> Outcome | None:
     outcome = read_info(folder)[0].outcome
     if outcome is not None:
         require_same(folder, config)
+        if not folder.report.is_file():
+            with folder.locked():
+                folder.tidy()
+                write_page(folder, on_stage)
     return outcome
 
 
@@ -142,15 +146,21 @@ def begun(
         write_png(folder.pattern, pattern_image(built.players.metric.pattern))
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
-    journal.data["effect"] = built.players.metric.describe()
-    journal.write()
-    if isinstance(built.players.metric, UserMetric):
-        journal.data["metric"] = built.players.metric.record()
-        journal.write()
-        if (source := built.players.metric.factory.source) is not None:
+    describe(folder, built, journal)
+    return journal
+
+
+def describe(folder: RunFolder, built: Built, journal: Journal) -> None:
+    """Keep what the data is for, and of a user's own metric its record and source. A session that was cut off before it
+    did so leaves it to the next."""
+    metric = built.players.metric
+    journal.data.setdefault("effect", metric.describe())
+    if isinstance(metric, UserMetric):
+        journal.data.setdefault("metric", metric.record())
+        if (source := metric.factory.source) is not None and not folder.metric_file.is_file():
             with replacing(folder.metric_file) as temporary:
                 temporary.write_bytes(source)
-    return journal
+    journal.write()
 
 
 def continued(
@@ -184,7 +194,9 @@ def continued(
         on_stage("no checkpoint was written yet: beginning anew")
     dropped = folder.rewind_metrics(checkpoint.header.metrics_bytes if checkpoint else 0)
     forget_after(folder, step)
-    return Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    describe(folder, built, journal)
+    return journal
 
 
 def training(
@@ -288,11 +300,16 @@ def finish(
         {"phi": synthetic.result.value, **synthetic.result.measures},
         None if control is None else {"phi": control.result.value, **control.result.measures},
     )
+    write_page(folder, on_stage)
+    return outcome
+
+
+def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
+    """The page of a finished run, the last of its files. Where it cannot be written, the run stays finished without it."""
     try:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
         on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
-    return outcome
 
 
 def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:

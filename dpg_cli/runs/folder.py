@@ -40,6 +40,7 @@ class RunFolder:
         self.image = path / "lm_head.png"
         self.checkpoints = path / "checkpoints"
         self.trl = path / "trl"  # TRL's own checkpoints, where TRL trains
+        self.report = path / "report.html"
 
     @classmethod
     def free(cls, path: Path, *, leftovers: bool = False) -> RunFolder:
