@@ -267,6 +267,9 @@ class PolicyConfig(Section):
     clip: Positive = Field(0.2, description="ratio clipping range of PPO/GRPO")
     epochs: PositiveInt = 1
     minibatch: PositiveInt = Field(256, description="completions a policy-optimiser step")
+    micro_batch: Count = Field(
+        0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
+    )
     kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
     warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def generation(ranks: Ranks) -> dict[str, Any]:
     labels = token[..., None] * torch.linspace(0, 3, generator.head.shape[0], dtype=torch.float64).cos()
     credit = assign("expected", token, labels, rollout.mask_N_K, 2)
     optimizer = torch.optim.AdamW(generator.model.parameters(), lr=1e-3)
-    spec = PolicySpec(kl=0.1, epochs=2, minibatch=4, max_grad_norm=0.5)
+    spec = PolicySpec(kl=0.1, epochs=2, minibatch=4, micro_batch=1 if ranks.world > 1 else 0, max_grad_norm=0.5)
     order = torch.Generator().manual_seed(2)
     stats = policy_step(generator.model, optimizer, rollout, credit, spec, order, reference, ranks)
     return {
@@ -244,7 +245,7 @@ def by_trl(ranks: Ranks, folder: Path, *, shuffled: bool = False, resume: bool =
 def trl(out: Path) -> None:
     """Runs by one and two processes, with and without shuffled rewards; one that two begin and one goes on with."""
 
-    def share(rank: int, size: int, options: dict[str, Any], folder: Path) -> None:
+    def share(rank: int, size: int, port: int, options: dict[str, Any], folder: Path) -> None:
         if size > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             os.environ.update({name: str(value) for name, value in place.items()})
@@ -261,9 +262,8 @@ def trl(out: Path) -> None:
         (1, {"resume": True}, "resumed"),
     ):
         port = free_port()
-        children = [
-            forked(lambda rank=rank: share(rank, size, options, out / name), out / "log") for rank in range(size)
-        ]
+        acts = [partial(share, rank, size, port, options, out / name) for rank in range(size)]
+        children = [forked(act, out / "log") for act in acts]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
             raise SystemExit(f"{name} ended with {codes}: {(out / 'log').read_text()[-4000:]}")

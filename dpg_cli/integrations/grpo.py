@@ -86,15 +86,19 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device) 
     from trl import GRPOConfig
 
     rollout, policy = config.rollout, config.policy
+    own = policy.minibatch // ranks.world
+    pieces = -(-own // policy.micro_batch) if policy.micro_batch else 1
+    while own % pieces:  # TRL takes even ones
+        pieces += 1
     vllm: dict[str, Any] = {}
     if config.trl.vllm != "off":
         vllm = {"use_vllm": True, "vllm_mode": config.trl.vllm}
     generation = {"min_new_tokens": rollout.min_tokens} if rollout.min_tokens > 1 and not vllm else None
     return GRPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=policy.minibatch // ranks.world,
-        steps_per_generation=config.examples_per_step // policy.minibatch,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=own // pieces,
+        steps_per_generation=config.examples_per_step // policy.minibatch * pieces,
+        gradient_accumulation_steps=pieces,
         num_generations=rollout.group_size,
         num_iterations=policy.epochs,
         max_steps=config.steps * steps_per_outer(config),

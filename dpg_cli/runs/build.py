@@ -212,6 +212,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             kl=policy.kl,
             epochs=policy.epochs,
             minibatch=policy.minibatch,
+            micro_batch=policy.micro_batch,
             max_grad_norm=policy.max_grad_norm,
         ),
         lr=policy.lr,
