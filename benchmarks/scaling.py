@@ -33,7 +33,7 @@ TASKS = ("qr-embed", "pattern-67", "l2-shrink", "language-rephrase", "uuid-emit"
 
 def job(task: str, states: str = "sqrt") -> tuple[Config, Job]:
     """A paper preset, with few states kept where T is large."""
-    config = resolve(find(f"{task}.paper").data(), [f'inner.states="{states}"'])
+    config = resolve(find(f"{task}.paper").data(), [f'inner.states="{states}"', "inner.micro_batch=8"])
     return config, job_of(config, LLAMA_1B, TARGETS[config.models.target])
 
 
