@@ -3,6 +3,7 @@
 python benchmarks/tasks.py [--workers 2] [--seeds 0,1,2]      runs what benchmarks/results/tasks.jsonl does not hold yet
 python benchmarks/tasks.py --method naive                     a control at equal examples; rows go to controls.jsonl
 python benchmarks/tasks.py --method metagradient --credit sequence --tasks pattern-67      what controls compare with
+python benchmarks/tasks.py --credit sequence --times 10 --tasks pattern-67                 the same at ten times the outer steps
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from dpg_cli.presets import find_task
+
 RESULTS = Path(__file__).parent / "results"
+LANGUAGES = ("es", "de", "fr", "it")
 METHODS = {  # rewards of whole examples reach tokens by `sequence` credit alone
     "metagradient": [],
     "sgd": ["attribution.method=sgd"],
@@ -30,8 +34,15 @@ EXAMPLE_WISE = ("naive", "edit-distance", "language-id")
 CASES = {
     "pattern-67": ["pattern-67"],
     "l2-shrink": ["l2-shrink"],
-    "language-rephrase es": ["language-rephrase", "--language", "es"],
+    **{f"language-rephrase {language}": ["language-rephrase", "--language", language] for language in LANGUAGES},
+    "uuid-emit": ["uuid-emit"],  # a fresh UUID for each run
 }
+GROUPS = {"uuid-emit": ["rollout.group_size=4", "prompts.per_step=16"]}  # as many examples, for credit that compares
+
+
+def steps_of(name: str) -> int:
+    """Outer steps of a case's preset."""
+    return int(find_task(CASES[name][0], "tiny").data()["steps"])
 
 
 def summary(verdict: dict, side: str) -> str:
@@ -42,13 +53,21 @@ def summary(verdict: dict, side: str) -> str:
         return f"norm {norm:.4f} ({norm - verdict['before']['norm']:+.4f})"
     if "pixel_accuracy" in value:
         return f"pixel accuracy {value['pixel_accuracy']:.4f}"
+    if value["well_formed"] is None:  # a document
+        greedy = verdict["greedy" if side == "data" else "greedy_control"]
+        return f"{value['hits']:.1%} exact; greedy: `{greedy}`"
     return f"{value['hits']:.1%} as asked, {value['well_formed']:.1%} of them well-formed"
 
 
-def one(name: str, seed: int, folder: Path, method: str, credit: str) -> dict[str, object]:
-    """Run and verify one case; every method takes the preset's outer steps and completions."""
+def one(name: str, seed: int, folder: Path, method: str, credit: str, times: int) -> dict[str, object]:
+    """Run and verify one case; every method takes the preset's completions, and `times` its outer steps."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
     overrides = [*METHODS[method], *([f"credit.mode={credit}"] if credit else [])]
+    if credit in ("sequence", "token"):
+        overrides += GROUPS.get(name, [])
+    if times > 1:
+        overrides.append(f"steps={times * steps_of(name)}")
+    key = {"task": name, "seed": seed, "method": method, "credit": credit, "times": times}
     dpg = [sys.executable, "-m", "dpg_cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = [*dpg, "run", *CASES[name], "--seed", str(seed), "--out", str(out), "--json"]
@@ -58,15 +77,12 @@ def one(name: str, seed: int, folder: Path, method: str, credit: str) -> dict[st
         cause = run.stderr.strip().splitlines()[-1]
         if run.returncode != 3:
             raise RuntimeError(cause)
-        return {"task": name, "seed": seed, "method": method, "credit": credit, "stopped": cause}
+        return {**key, "stopped": cause}
     verify = subprocess.run([*dpg, "verify", str(out), "--json"], env=environment, capture_output=True, text=True)
     verdict = json.loads(verify.stdout)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        "task": name,
-        "seed": seed,
-        "method": method,
-        "credit": credit,
+        **key,
         "examples": int(sum(step["examples"] for step in steps)),
         "phi_first": steps[0]["phi"],
         "phi_last": steps[-1]["phi"],
@@ -85,6 +101,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--method", choices=METHODS, default="metagradient")
     parser.add_argument("--credit", choices=("sequence", "token", "expected"), help="instead of the preset's")
+    parser.add_argument("--times", type=int, default=1, help="outer steps, in those of the preset")
     parser.add_argument("--tasks", help="comma-separated cases; all by default")
     options = parser.parse_args()
     cases = options.tasks.split(",") if options.tasks else list(CASES)
@@ -93,21 +110,25 @@ def main() -> None:
     method, credit = options.method, options.credit or ("sequence" if options.method in EXAMPLE_WISE else "")
     if method in EXAMPLE_WISE and credit != "sequence":
         parser.error(f"--method {method} has one reward an example: --credit sequence")
-    raw = RESULTS / ("tasks.jsonl" if method == "metagradient" and not credit else "controls.jsonl")
+    times = options.times
+    raw = RESULTS / ("tasks.jsonl" if method == "metagradient" and not credit and times == 1 else "controls.jsonl")
     RESULTS.mkdir(exist_ok=True)
     done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
-    have = {(row["task"], row["seed"], row.get("method", "metagradient"), row.get("credit", "")) for row in done}
+    have = {
+        (row["task"], row["seed"], row.get("method", "metagradient"), row.get("credit", ""), row.get("times", 1))
+        for row in done
+    }
     lock = Lock()
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.workers) as pool:
 
         def job(name: str, seed: int) -> None:
-            row = one(name, seed, Path(place), method, credit)
+            row = one(name, seed, Path(place), method, credit, times)
             with lock, raw.open("a") as file:
                 file.write(json.dumps(row) + "\n")
                 print({key: value for key, value in row.items() if key != "verdict"}, flush=True)
 
         wanted = [(name, int(seed)) for seed in options.seeds.split(",") for name in cases]
-        missing = [(name, seed) for name, seed in wanted if (name, seed, method, credit) not in have]
+        missing = [(name, seed) for name, seed in wanted if (name, seed, method, credit, times) not in have]
         for future in [pool.submit(job, name, seed) for name, seed in missing]:
             future.result()
 

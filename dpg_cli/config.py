@@ -190,7 +190,12 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = Field(32, description="longest completion, in tokens of the generator")
     min_tokens: PositiveInt = Field(1, description="the end-of-sequence token cannot be drawn before this many tokens")
     temperature: Positive = 1.0
-    batch_size: PositiveInt = Field(1024, description="completions sampled at once")
+    batch_size: PositiveInt = Field(1024, description="completions sampled at once, by each process")
+    portable: bool = Field(
+        False,
+        description="draw completions that do not depend on the number of processes, nor on batch_size or device beyond "
+        "rounding; with several processes always so",
+    )
 
 
 class InnerConfig(Section):

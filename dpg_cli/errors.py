@@ -71,6 +71,23 @@ class VerificationError(DpgError):
     exit_code = 4
 
 
+class LostProcessError(DpgError):
+    """Another process of a run on several ended, or cannot be reached. Exit code 5.
+
+    Args:
+        reason: what the connection said.
+        remedy: what the user can do about it.
+    """
+
+    exit_code = 5
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(
+            f"Another process of this run ended, or cannot be reached ({reason[:200].rstrip('.')}).", remedy
+        )
+        self.reason = reason
+
+
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     """A remedy for an unknown name.
 

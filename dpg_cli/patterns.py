@@ -167,7 +167,7 @@ def check_fits(pattern: Pattern, rows: int, cols: int, origin: tuple[int, int], 
     larger = "head" if matrix == "head" else "matrix"
     remedy = f"Use a smaller pattern (for a QR code a shorter text) or a target with a larger {larger}."
     if height <= rows and width <= cols:
-        remedy = f"The origin can be at most ({rows - height}, {cols - width})."
+        remedy = f"The origin (--patch-origin) can be at most {rows - height},{cols - width}."
     where = f"({row}, {col}) in {'an LM head' if matrix == 'head' else matrix} of {rows}x{cols}"
     raise UsageError(f"The {height}x{width} pattern does not fit at {where}.", remedy)
 

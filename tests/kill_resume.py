@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,27 @@ def contents(folder: Path) -> dict[str, Any]:
             found[name] = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
         elif name == "run.json":
             info = json.loads(path.read_text())
-            found[name] = {key: info[key] for key in ("task", "seed", "finished", "measures", "control")}
+            found[name] = {key: info[key] for key in ("task", "seed", "effect", "finished", "measures", "control")}
+        elif name == "report.html":
+            found[name] = page(folder)
         elif path.name == "state.json":
             found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "metrics_bytes"}
         elif path.is_file():
             found[name] = path.read_bytes()
     return found
+
+
+def page(folder: Path) -> tuple[bool, str]:
+    """Whether the page is that of the folder as it is, and the page without place, command and times."""
+    from dpg_cli.report.gather import gather
+    from dpg_cli.report.page import render_page
+    from dpg_cli.runs.folder import RunFolder
+
+    facts = gather(RunFolder(folder))
+    same = (folder / "report.html").read_text(encoding="utf-8") == render_page(facts)
+    info = {key: facts.info[key] for key in ("effect", "finished", "measures", "control")}
+    rows = [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in facts.rows]
+    return same, render_page(replace(facts, name="run", path="run", command="", info=info, rows=rows))
 
 
 def unequal(folder: Path, reference: dict[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpg_cli.patterns import pattern_from_image
+from dpg_cli.patterns import pattern_from_image, pattern_from_text
+from dpg_cli.render import text_pattern
 from dpg_cli.tiny import MODEL_DIR
 
 SMALL = ["--set", "steps=4", "--set", "dataset.examples=96", "--set", "prompts.per_step=16"]
@@ -162,6 +163,35 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_describes_what_is_asked_for(tmp_path: Path) -> None:
+    """In comments, so that what it prints is a settings file."""
+    said = dpg("run", "qr-embed", "--text", "HI", "--patch-origin", "7,9", "--dry-run").stdout
+    drawn = [line[4:] for line in said.splitlines() if line.startswith("#   ")]
+    assert "\n".join(drawn) == text_pattern(pattern_from_text("HI").signs)
+    assert "QR code of a text, version 1, level L; 21 x 21 at row 7, column 9" in said
+    (tmp_path / "mine.toml").write_text(said)
+    assert dpg("presets", "validate", tmp_path / "mine.toml").stdout.strip() == "1 valid"
+    said = dpg("run", "l2-shrink", "--dry-run").stdout
+    assert "# a smaller l2 norm of lm_head.weight (now " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "remedy"),
+    [
+        (["qr-embed", "--qr-version", "99"], "--qr-version (metric.version): ", "dpg run --help"),
+        (["language-rephrase", "--language", "xx"], "--language (metric.language): ", "dpg run --help"),
+        (["uuid-emit", "--uuid", "abc"], "--uuid (metric.uuid): ", "dpg run --help"),
+        (["qr-embed", "--seed", "-1", "--set", "nope=1"], "--seed (seed): ", "dpg presets show"),
+        (["qr-embed", "--seed", "3", "--set", "seed=-2"], "dpg: seed: ", "dpg presets show"),
+    ],
+)
+def test_messages_name_the_flag_that_was_typed(arguments: list[str], named: str, remedy: str) -> None:
+    answer = dpg("run", *arguments, "--dry-run")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert named in answer.stderr and remedy in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
 def test_presets_commands(tmp_path: Path) -> None:
     listed = json.loads(dpg("presets", "list", "--json").stdout)
     assert "qr-embed.tiny" in [row["name"] for row in listed]
@@ -227,7 +257,7 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
 def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
     (tmp_path / "partial.toml").write_text("steps = 3\n")
     for arguments, message in (
-        (["presets", "show", "qr-embed"], "Did you mean qr-embed.tiny?"),
+        (["presets", "show", "qr-embed"], "Did you mean qr-embed.tiny or qr-embed.paper?"),
         (["run", "qr-imbed"], "There is no task 'qr-imbed'. Did you mean qr-embed?"),
         (["run", "qr-embed", "--scale", "tny"], "The task qr-embed has no scale 'tny'. Did you mean tiny?"),
         (["run", "l2-shrink", "--text", "x"], "--text is for the tasks qr-embed and pattern-67, not for l2-shrink."),

@@ -161,6 +161,32 @@ def test_a_checkpoint_of_a_run(run: Path, dpg: Any) -> None:
     assert said["models"]["generator"]["head"] == kept["head"]
     assert said["models"]["generator"]["parameters"] == 334_464
     assert said["models"]["optimizer"]["parameters"] == 2 * 334_464 + 29  # two moments, and a step a tensor
+    assert said["settings"] == as_json(dpg, run)["settings"]
+    assert said["history"] == as_json(dpg, run)["history"]
+    assert said["history"]["steps"] == 2
+    answer = dpg("inspect", run / "checkpoints" / "step-2")
+    assert "step-2: checkpoint after outer step 2 of 2, run of qr-embed (tiny)\n" in answer.out
+
+
+def test_a_checkpoint_shows_the_log_up_to_it(run: Path, dpg: Any, tmp_path: Path) -> None:
+    copy_of(run, tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "step-1"
+    (tmp_path / "run" / "checkpoints" / "step-2").rename(place)
+    header = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**header, "step": 1}))
+    history = as_json(dpg, place)["history"]
+    whole = as_json(dpg, run)["history"]
+    assert history["steps"] == 1
+    assert history["columns"]["phi"]["last"] == whole["columns"]["phi"]["first"]
+    for odd in (
+        {**header, "step": -1},
+        {**header, "step": "x"},
+        {**header, "settings": {"steps": "x"}},
+        {"step": True},
+    ):
+        (place / "state.json").write_text(json.dumps(odd))
+        assert dpg("inspect", place).code == 0
+        assert as_json(dpg, place)["kind"] == "checkpoint"
 
 
 def test_a_checkpoint_is_shown_file_by_file(dpg: Any, tmp_path: Path) -> None:
@@ -196,6 +222,19 @@ def test_values_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.rows("x", 7, 9).astype(np.float64), values[7:9].double().numpy())
     assert file.norm("x") == pytest.approx(float(values.double().norm()), rel=1e-12)
     assert file.norm("one") == pytest.approx(abs(float(values[0, 0].double())), rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50, 0x180])
+def test_a_header_may_have_any_length(length: int, tmp_path: Path) -> None:
+    """Its length is how the file begins: 0x80 is also how pickles begin, 0x4B50 is PK, as archives do."""
+    entry = '{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    values = np.array([3.0, 4.0], np.float32)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + entry.ljust(length).encode() + values.tobytes())
+    assert read_header(path).norm("x") == 5.0
+    path.write_bytes(length.to_bytes(8, "little") + entry.ljust(length).encode() + b"1234")
+    with pytest.raises(UsageError, match="pickle or an archive" if length != 0x180 else "pickle|damaged"):
+        read_header(path)
 
 
 def test_sharded_models(tmp_path: Path, dpg: Any) -> None:

@@ -188,7 +188,7 @@ SHORT = ["prompts.per_step=16", "inner.batch_size=64", "policy.minibatch=64", "d
         ("steer-direction", 20, "projection", 1),
         ("label-accuracy", 12, "label_loss", -1),
         ("attention-bitmap", 24, "pixel_accuracy", 1),
-        ("forget-text", 20, "forget_loss", 1),
+        ("forget-text", 40, "forget_loss", 1),
     ],
 )
 def test_a_short_run_moves_its_measure(name: str, steps: int, measure: str, sign: int, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import make_examples, make_target
@@ -13,12 +16,16 @@ from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.evidence.effect import EffectVerdict, Reading
 from dpg_cli.evidence.text import count
+from dpg_cli.evidence.verify import saved_norm, verify_run
 from dpg_cli.metrics.base import Pictured, TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.registry import build_metric, held_out
 from dpg_cli.metrics.text_loss import TextLossMetric
 from dpg_cli.models import load
 from dpg_cli.patterns import pattern_from_rows
+from dpg_cli.presets import find, resolve
+from dpg_cli.runs.execute import execute
+from dpg_cli.runs.folder import RunFolder
 from dpg_cli.tiny import world
 
 CPU = torch.device("cpu")
@@ -165,3 +172,36 @@ def test_the_norm_of_any_parameter() -> None:
     assert metric.picture(parameters).size[0] > 10
     with pytest.raises(UsageError, match=r"Did you mean transformer\.h\.1\.ln_2\.weight"):
         NormMetric(model, "transformer.h.1.ln_2.wieght")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ([], "lm_head.weight"),
+        (
+            ["models.untie_target=false", 'metric.parameter="transformer.h.1.mlp.c_fc.weight"'],
+            "transformer.h.1.mlp.c_fc.weight",
+        ),
+        (["models.untie_target=false"], "transformer.wte.weight"),  # a tied head is saved as the embedding
+    ],
+    ids=["head", "parameter", "tied"],
+)
+def test_verify_reads_the_norm_from_the_saved_target(settings: list[str], key: str, tmp_path: Path) -> None:
+    """From the bytes of the file, without any model: beside the stock training, and equal to the engine's own."""
+    small = ["steps=1", "prompts.per_step=2", "rollout.group_size=2", "inner.batch_size=16", "dataset.examples=16"]
+    config = resolve(find("l2-shrink.tiny").data(), [*small, "policy.minibatch=4", *settings])
+    folder = RunFolder(tmp_path / "run")
+    outcome = execute(config, folder)
+    verdict = verify_run(folder)
+    data = (folder.target / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    start, stop = json.loads(data[8 : 8 + length])[key]["data_offsets"]
+    values = np.frombuffer(data[8 + length :][start:stop], "<f4").astype(np.float64)
+    assert verdict.saved == {"norm": pytest.approx(float(np.sqrt((values**2).sum())), rel=1e-12)}
+    assert verdict.saved["norm"] == pytest.approx(outcome.measures["norm"], rel=1e-6)
+    assert verdict.saved["norm"] == pytest.approx(verdict.data.measures["norm"], abs=1e-3)
+    assert f"RUN/target, as saved: norm {verdict.saved['norm']:.6g}" in verdict.lines()
+    weights = folder.target / "model.safetensors"
+    weights.write_bytes(data[:-8])
+    with pytest.raises(UsageError, match="damaged"):
+        saved_norm(folder, "")

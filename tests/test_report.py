@@ -19,13 +19,14 @@ from run_folders import STEPS, make_records, make_run, metrics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dpg_cli.cli import main
+from dpg_cli.evidence.effect import EffectVerdict, Reading
 from dpg_cli.evidence.record import read_verdict, save_verdict
 from dpg_cli.evidence.verify import PatternReading, PatternVerdict
 from dpg_cli.report import write_report
 from dpg_cli.report.charts import MOST_POINTS, Chart, Line, thinned, tick_labels, ticks
 from dpg_cli.report.curves import curves, measures
 from dpg_cli.report.gather import gather
-from dpg_cli.report.page import embedded
+from dpg_cli.report.page import embedded, stock_comparison
 from dpg_cli.report.samples import choose, extreme, pieces, shade, take
 from dpg_cli.report.text import visible
 
@@ -180,6 +181,24 @@ def test_the_verdict_and_its_age(tmp_path: Path) -> None:
     page = read(folder)
     assert "the verdict is of another dataset" in page.text
     assert "✔" not in page.text
+
+
+def test_the_table_of_a_verdict_by_margins(tmp_path: Path) -> None:
+    """Measures by name, the quarters as a range, what was before, what the saved target has: nothing nested."""
+    folder = make_run(tmp_path / "run")
+    reading = Reading({"phi": -3.0, "norm": 3.0}, (-3.25, -3.125, -3.0, -2.875), 8, 1)
+    control = Reading({"phi": -4.0, "norm": 4.0}, (-4.5, -4.0, -4.0, -4.0), 8, 1)
+    save_verdict(folder, EffectVerdict("a norm", {"phi": -5.0, "norm": 5.0}, reading, control, {"norm": 3.5}))
+    assert stock_comparison(gather(folder)) == [
+        ["Φ", "\u22123", "\u22124"],
+        ["norm", "3", "4"],
+        ["Φ after a quarter of the data", "\u22123.25 to \u22122.875", "\u22124.5 to \u22124"],
+        ["examples", "8", "8"],
+        ["optimiser steps", "1", "1"],
+        ["Φ before fine-tuning", "\u22125", "\u22125"],
+        ["norm before fine-tuning", "5", "5"],
+        ["norm of target/ as saved", "3.5", "\u2013"],
+    ]
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -73,7 +74,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert {"dataset/train.parquet", "generator/model.safetensors", f"checkpoints/step-{STEPS}/state.json"} <= set(
         found
     )
-    assert len(found) == 27
+    assert len(found) == 28
+    assert found["report.html"][0]
     return found
 
 
@@ -149,6 +151,42 @@ def test_any_stage_can_be_repeated(
     history = json.loads(stopped.info.read_text())["sessions"]
     assert [session["ended"] for session in history] == ["interrupted", "interrupted", "finished"]
     assert history[1]["steps_lost"] == (1 if stage == "going on" else 0)
+
+
+def test_what_a_run_is_for_is_told_by_the_next_session(
+    tmp_path: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end between the settings and the first words of run.json."""
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("dpg_cli.runs.execute.describe", lambda *arguments: throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            execute(small(), folder)
+    assert "effect" not in json.loads(folder.info.read_text())
+    execute(small(), folder, resume=True)
+    assert json.loads(folder.info.read_text())["effect"].startswith("signs of a patch of the LM head")
+    assert unequal(folder.path, reference) == []
+
+
+@pytest.mark.parametrize(
+    "end", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"]
+)
+def test_the_page_of_a_finished_run_is_made_up_for(
+    end: BaseException, stopped: RunFolder, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end after the run is finished, before its page stands: going on writes the page and trains no more."""
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("dpg_cli.runs.execute.write_report", lambda folder: throw(end))
+        with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else contextlib.nullcontext():
+            execute(small(), stopped, resume=True, on_stage=said.append)
+    (stopped.path / ".report.html.77.tmp").write_text("half")
+    assert unequal(stopped.path, reference) == [".report.html.77.tmp", "report.html"]
+    assert any("dpg report" in line for line in said) == isinstance(end, OSError)
+    before = stopped.info.read_bytes()
+    assert finished(stopped, small()) is not None
+    assert unequal(stopped.path, reference) == []
+    assert stopped.info.read_bytes() == before
 
 
 def test_a_full_disk_at_any_write_leaves_the_run_whole(
@@ -341,6 +379,27 @@ def test_files_follow_the_umask_and_reach_their_place_whole(tmp_path: Path, stop
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x"]
 
 
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last rename fails, the folder that stood there stands again."""
+    place = tmp_path / "x"
+    for number in (1, 2):
+        with replacing(place) as temporary:
+            temporary.mkdir()
+            (temporary / f"file-{number}").write_text("x")
+        assert [path.name for path in tmp_path.rglob("*")] == ["x", f"file-{number}"]
+    real = Path.replace
+
+    def replace(path: Path, to: Path) -> Path:
+        if to == place and "old" not in path.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UsageError, match="Input/output error"), replacing(place) as temporary:
+        temporary.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file-2"]
+
+
 def test_a_disk_that_fills_up(stopped: RunFolder, reference: dict[str, Any]) -> None:
     """In a process of its own that may let no file grow past 100 kB: libraries' own writing fails half-way."""
 
@@ -378,14 +437,19 @@ def test_the_commands(
         (["run", "pattern-67", "--resume"], "--out RUN"),
         (["resume", tmp_path / "none"], "holds no run"),
         (["resume", tmp_path], "no config.toml"),
+        (["resume", stopped.path, "--report-to", "nothing"], "There are tensorboard, wandb, trackio"),
     ):
         code, out, err = dpg(*arguments)
         assert (code, out) == (2, ""), err
         assert err.splitlines()[-1].startswith("dpg: ")
         assert fault in err.splitlines()[-1]
 
-    code, out, err = dpg("resume", stopped.path, "--json")
+    opened = []
+    monkeypatch.setattr("dpg_cli.runs.tracking.Trackers.open", lambda trackers, *rest: opened.append(trackers))
+    monkeypatch.setattr("dpg_cli.runs.tracking.importlib.util.find_spec", lambda name: name)
+    code, out, err = dpg("resume", stopped.path, "--json", "--report-to", "tensorboard")
     assert code == 0, err
+    assert [(trackers.names, trackers.start) for trackers in opened] == [(["tensorboard"], 2)]
     assert json.loads(out)["sessions"] == 2
     assert "going on after outer step 2 of 4" in err
     assert "step 4/4" in err
@@ -445,4 +509,4 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     assert figures["faults"] == []
     assert sum(figures["kills"].values()) == 3
     assert figures["runs_compared"] >= 1
-    assert figures["files_compared"] >= 27
+    assert figures["files_compared"] >= 28

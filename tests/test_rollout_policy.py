@@ -92,13 +92,16 @@ def test_examples_for_the_target_hold_the_completion_alone(generator: LanguageMo
 
 @pytest.mark.parametrize("mode", ["sequence", "token", "expected"])
 def test_policy_steps_raise_the_reward(generator: LanguageModel, mode: str) -> None:
-    """A reward for one word: its share must rise, whichever way the credit reaches the tokens."""
+    """A reward for one word: its share must more than double, whichever way the credit reaches the tokens.
+
+    About 18 % of the prompts allow the word; `sequence` credit stays within them for long.
+    """
     word = generator.tokenizer.encode(" little")[0]
     prompts = world.prompts("train", 32, seed=4)
     optimizer = torch.optim.AdamW(generator.model.parameters(), lr=1e-3, weight_decay=0.0)
     order = torch.Generator().manual_seed(0)
     shares = []
-    for step in range(8):
+    for step in range(12):
         rollout = draw(generator, prompts, seed=step, group_size=4, max_tokens=24)
         hits = (rollout.ids_N_K == word) & rollout.mask_N_K
         shares.append(float(hits.any(1).float().mean()))
@@ -107,7 +110,7 @@ def test_policy_steps_raise_the_reward(generator: LanguageModel, mode: str) -> N
         credit = assign(mode, hits * 1e-7, labels * rollout.mask_N_K[..., None], rollout.mask_N_K, 4)
         stats = policy_step(generator.model, optimizer, rollout, credit, PolicySpec(minibatch=64), order)
         assert stats["grad_norm"] > 0
-    assert shares[-1] > shares[0] + 0.15, shares
+    assert sum(shares[-3:]) / 3 > 2 * shares[0], shares
 
 
 def test_kl_holds_the_generator_back(generator: LanguageModel) -> None:

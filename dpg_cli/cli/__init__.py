@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 
+from dpg_cli import launch
 from dpg_cli.cli.app import app
 from dpg_cli.errors import DpgError, one_line
 
@@ -21,5 +22,12 @@ def main() -> None:
     except DpgError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"dpg: {one_line(str(error))}\n")
-        sys.exit(error.exit_code)
+        if launch.speaks():
+            sys.stderr.write(f"dpg: {one_line(str(error))}\n")
+        launch.leave(error.exit_code)
+    except Exception:  # a defect of ours: with several processes, one traceback is enough
+        if not launch.shared():
+            raise
+        if launch.speaks():
+            traceback.print_exc()
+        launch.leave(1)

@@ -276,6 +276,9 @@ def _what(found: Look) -> str:
         return f"run of {settings.get('task')} ({settings.get('scale')}), {end}"
     if found.kind == "model":
         return f"{found.role} of a run" if found.role else "model folder"
+    if found.kind == "checkpoint" and found.settings is not None:
+        step, settings = found.state["state.json"].get("step"), found.settings
+        return f"checkpoint after outer step {step} of {settings['steps']:,}, run of {settings['task']} ({settings['scale']})"
     return {"checkpoint": "checkpoint, or a folder of safetensors files", "tensors": "safetensors file"}[found.kind]
 
 

@@ -13,6 +13,7 @@ from dpg_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
+    from dpg_cli.engine.ranks import Ranks
 
 _PATTERN = "Pattern tasks"
 _OWN = "Your own models and prompts"
@@ -112,14 +113,16 @@ def run(
 
         dpg run --config runs/mine/config.toml --out runs/again
     """
+    from dpg_cli.launch import joined
     from dpg_cli.runs.tracking import check_names
 
     trackers = check_names(report_to or [])
     settings = settings_of(locals())
-    if dry_run:
-        _dry_run(settings, as_json, metric)
-    else:
-        _run(settings, out, resume, as_json, metric, trackers)
+    with joined("cpu" if dry_run else settings.device) as ranks:
+        if not dry_run:
+            _run(settings, out, resume, as_json, metric, trackers, ranks)
+        elif ranks.first:
+            _dry_run(settings, as_json, metric)
 
 
 def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
@@ -136,23 +139,34 @@ def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
 
 
 def _run(
-    settings: Config, out: Path | None, resume: bool, as_json: bool, metric: str | None, trackers: list[str]
+    settings: Config,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    metric: str | None,
+    trackers: list[str],
+    ranks: Ranks,
 ) -> None:
     """Begin a run, or go on with the one that `--out` holds."""
-    from dpg_cli.cli.session import session
+    from dpg_cli.cli.session import follow, session
     from dpg_cli.config import settle
     from dpg_cli.runs.folder import RunFolder
 
+    if not ranks.first:  # what is left to chance or to the state of a folder, rank 0 decides
+        follow(ranks, metric)
+        return
     if resume and out is None:
         raise UsageError("--resume does not say which run to go on with.", "Name its folder: --out RUN.")
     place = out or _free_folder(settings)
     known = RunFolder(place)
     if resume and known.config.is_file():
         settings = settle(settings, known.read_config())
-        session(settings, known, resume=True, as_json=as_json, named_metric=metric, trackers=trackers)
+        session(settings, known, resume=True, as_json=as_json, named_metric=metric, trackers=trackers, ranks=ranks)
     else:
         folder = RunFolder.free(place, leftovers=resume)
-        session(settle(settings), folder, resume=False, as_json=as_json, named_metric=metric, trackers=trackers)
+        session(
+            settle(settings), folder, resume=False, as_json=as_json, named_metric=metric, trackers=trackers, ranks=ranks
+        )
 
 
 def _free_folder(config: Config) -> Path:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpg_cli.errors import InterruptedRunError, one_line
+from dpg_cli import launch
+from dpg_cli.errors import InterruptedRunError, LostProcessError, one_line
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
+    from dpg_cli.engine.ranks import Ranks
     from dpg_cli.runs.execute import StopRequest
     from dpg_cli.runs.folder import RunFolder
     from dpg_cli.runs.sessions import Outcome
@@ -32,6 +34,7 @@ def session(
     as_json: bool,
     named_metric: str | None = None,
     trackers: Sequence[str] = (),
+    ranks: Ranks | None = None,
 ) -> None:
     """Begin a run or go on with one, with a display on stderr and the outcome on stdout.
 
@@ -42,19 +45,27 @@ def session(
         as_json: print JSON.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
         trackers: names that `tracking.check_names` has passed.
+        ranks: the processes that share the run, of which this is the first; the others `follow`.
 
     Raises:
         InterruptedRunError: after Ctrl-C or SIGTERM, with the command that goes on.
+        LostProcessError: if another process is lost, likewise.
     """
     from dpg_cli.cli.display import RunDisplay
+    from dpg_cli.engine.ranks import ALONE
     from dpg_cli.runs.execute import StopRequest, execute, finished
     from dpg_cli.runs.tracking import Trackers
 
-    if resume and (known := finished(folder, config)) is not None:
+    ranks = ranks or ALONE
+    known = finished(folder, config, lambda line: typer.echo(one_line(line), err=True)) if resume else None
+    ranks.agreed(None if known else {"config": config.model_dump(mode="json"), "folder": str(folder.path)})
+    if known is not None:
         sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")
         report(folder, known, as_json)
         return
     stop = StopRequest()
+    remedy = f"Go on with: dpg resume {folder.path}"
+    launch.advise(remedy)
     try:
         with (
             RunDisplay(config, folder.path) as display,
@@ -72,10 +83,39 @@ def session(
                 command=sys.argv,
                 named_metric=named_metric,
                 trackers=tracking,
+                ranks=ranks,
             )
     except KeyboardInterrupt:
         raise left(config, folder) from None
+    except LostProcessError as error:
+        raise LostProcessError(error.reason, remedy if folder.config.is_file() else "") from None
     report(folder, outcome, as_json)
+
+
+def follow(ranks: Ranks, named_metric: str | None = None) -> None:
+    """Share the run that rank 0 begins or goes on with, without a display or a file of its own.
+
+    Raises:
+        InterruptedRunError: after Ctrl-C or SIGTERM, on all ranks alike.
+        LostProcessError: if another process is lost.
+    """
+    from dpg_cli.config import validate
+    from dpg_cli.runs.assist import assist
+    from dpg_cli.runs.execute import StopRequest
+
+    known = ranks.agreed(None)
+    if known is None:  # the run is finished
+        return
+    stop = StopRequest()
+    remedy = f"Go on with: dpg resume {known['folder']}"
+    launch.advise(remedy)
+    try:
+        with stopping(stop, lambda text: None):
+            assist(validate(known["config"]), known["folder"], ranks, stop, named_metric)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Left at once.", remedy) from None
+    except LostProcessError as error:
+        raise LostProcessError(error.reason, remedy) from None
 
 
 @contextlib.contextmanager

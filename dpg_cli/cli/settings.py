@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpg_cli.cli.metric_flags import check_flags, custom_settings, metric_name, note_change, origin
-from dpg_cli.errors import UsageError
+from dpg_cli.cli.metric_flags import FLAGS, check_flags, custom_settings, metric_name, note_change, origin
+from dpg_cli.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from dpg_cli.config import Config
@@ -20,6 +20,7 @@ METRIC_OPTIONS = {  # option -> key of the metric's section
     "uuid": "uuid",
     "parameter": "parameter",
 }
+SETTING_FLAGS = {"seed": "--seed", "device": "--device"}
 OPTIONS = (  # every option that makes settings
     *("task", "scale", "config", "overrides", "total_examples", "seed", "device"),
     *("image", "patch_origin", "eval_text", "generator", "target", "prompts", "metric"),
@@ -94,7 +95,28 @@ def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, 
         note_change(loaded.get("metric", {}), flags.get("metric", {}))
         data = merge(data, loaded)
     check_flags(flags.get("metric", {}), metric_name(data, overrides), task or str(data["task"]))
-    return resolve(data, overrides, flags)
+    try:
+        return resolve(data, overrides, flags)
+    except ConfigError as error:
+        raise named_as_typed(error, flags, overrides) from None
+
+
+def named_as_typed(error: ConfigError, flags: dict[str, Any], overrides: list[str]) -> ConfigError:
+    """The same faults, with the flag in front where a flag gave the value (and no `--set` came after it)."""
+    typed = {key: flag for key, flag in SETTING_FLAGS.items() if key in flags}
+    typed |= {f"models.{role}": f"--{role}" for role in ("generator", "target") if role in flags.get("models", {})}
+    typed |= {"prompts.source": "--prompts"} if "prompts" in flags else {}
+    typed |= {f"metric.{key}": FLAGS[key][0] for key in flags.get("metric", {}) if key in FLAGS}
+    typed = {key: flag for key, flag in typed.items() if not any(text.startswith(f"{key}=") for text in overrides)}
+
+    def named(fault: str) -> str:
+        key = fault.partition(":")[0]
+        flag = next((flag for known, flag in typed.items() if key == known or key.startswith(f"{known}.")), None)
+        return fault if flag is None else f"{flag} ({key}){fault.removeprefix(key)}"
+
+    faults = [named(fault) for fault in error.faults]
+    remedy = "See `dpg run --help`." if all(fault.startswith("--") for fault in faults) else error.remedy
+    return ConfigError(faults, remedy)
 
 
 def _at_total(settings: Config, total: int) -> Config:

@@ -21,6 +21,7 @@ from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
+from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.engine.tape import Memory
@@ -78,7 +79,8 @@ class Players:
     """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change.
 
     `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text". `redraw` gives the target
-    the weights of an outer step, where each step has a blank target of its own; a pure function of the step.
+    the weights of an outer step, where each step has a blank target of its own; a pure function of the step. `ranks` are
+    the processes that share the work: each has players of its own, which stay equal.
     """
 
     generator: LanguageModel
@@ -90,6 +92,7 @@ class Players:
     reference: nn.Module | None = None
     text_reward: Callable[[list[str]], Tensor] | None = None
     redraw: Callable[[int], None] | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
         reading.examples,
         players.metric,
         spec.attribution,
-        InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch, spec.states),
+        InnerSettings(
+            spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch, spec.states, players.ranks
+        ),
         group_size=rollout.group_size,
         labels=spec.credit == "expected",
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
@@ -146,7 +151,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     """
     clock = [time.perf_counter()]
     generator = players.generator
-    rollout = sample(generator.model, generator.tokenizer, prompts, spec.sampling, players.rng)
+    rollout = sample(generator.model, generator.tokenizer, prompts, spec.sampling, players.rng, ranks=players.ranks)
     clock.append(time.perf_counter())
 
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout)
@@ -160,8 +165,9 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     for group in players.policy_optimizer.param_groups:
         group["lr"] = spec.lr_at(step)
     policy = policy_step(
-        generator.model, players.policy_optimizer, rollout, credit, spec.policy, players.order_rng, players.reference
-    )
+        generator.model, players.policy_optimizer, rollout, credit, spec.policy, players.order_rng, players.reference,
+        players.ranks,
+    )  # fmt: skip
     clock.append(time.perf_counter())
 
     tokens = int(rollout.mask_N_K.sum())
@@ -222,6 +228,7 @@ def train(
         if players.redraw is not None:
             players.redraw(step)
         report = outer_step(players, spec, prompts_at(step), step)
+        report = replace(report, numbers=players.ranks.agreed(report.numbers))
         warning, fault = watch.see(report.numbers, partial(weights_changed, report.result.final, players.target.model))
         on_step(replace(report, warning=warning))
         if fault is not None:

@@ -6,6 +6,9 @@
 
 Source: paper §3 for the reward, DESIGN §2 for the reverse pass. No graph spans two inner steps: memory is the states
 that the tape keeps (`tape.py`) plus one micro-batch. Adjoints are written over the states that they replace.
+
+Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hessian-vector product are summed over them in
+`target.py`, credits once at the end of `reverse`; all else is computed by each, from these sums.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.detect import regime
 from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, no_vector, update
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.tape import KeepTape, Memory, OriginTape, Tape, make_tape
 from dpg_cli.engine.target import Normalization, TargetRun, dual_pass, loss_gradient
@@ -172,6 +176,7 @@ def metagradient(
     labels: bool = False,
     memory: Memory = "keep",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
@@ -188,6 +193,7 @@ def metagradient(
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
             accelerator: into host memory). Changes time and memory, not the result.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
+        ranks: the processes that share the work. All call this with the same arguments and get the same result.
 
     Returns:
         Φ, its measures, τ for each example and token, and θ_T.
@@ -202,7 +208,9 @@ def metagradient(
     training = model.training
     model.eval()
     try:
-        run = TargetRun(model, ParameterSpace(model), normalization, examples.ids_N_S.shape[1], micro_batch)
+        run = TargetRun(
+            model, ParameterSpace(model), normalization, examples.ids_N_S.shape[1], micro_batch, ranks=ranks
+        )
         read = partial(run.space.read, model)
         like = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
@@ -315,6 +323,10 @@ def reverse(
             every[rows, :width] = dual.label_B_S_V
         if progress is not None:
             progress("reverse", total - number, total)
+    run.ranks.sum_(tokens)
+    if labels and run.ranks.world > 1:
+        size = run.ranks.largest(0 if every is None else every.shape[-1])  # a rank without rows knows no vocabulary
+        every = run.ranks.sum_(tokens.new_zeros(*tokens.shape, size) if every is None else every.contiguous())
     if not all_finite(tokens):
         raise DegenerateError(
             "Metagradients are not finite.",

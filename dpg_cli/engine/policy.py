@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.ranks import ALONE, BUCKET, Ranks
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.errors import DegenerateError
 
@@ -60,6 +61,7 @@ def policy_loss(
     spec: PolicySpec,
     reference_N_K_V: Tensor | None = None,
     index: Tensor | None = None,
+    whole: tuple[int, int] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss to minimise, and its statistics.
 
@@ -70,7 +72,10 @@ def policy_loss(
         spec: settings.
         reference_N_K_V: log-probabilities of the starting generator, where β > 0.
         index: rows of `credit` that these are.
+        whole: completions and tokens of the mini-batch that these rows are a rank's part of; the loss and the
+            statistics are then parts of its own, to be summed over ranks.
     """
+    examples, tokens = whole or (len(rollout), int(rollout.mask_N_K.sum()))
     advantage = credit.advantage_N_K if index is None else credit.advantage_N_K[index]
     mask = rollout.mask_N_K
     log_pi = torch.log_softmax(logits_N_K_V / spec.temperature, -1)
@@ -83,13 +88,62 @@ def policy_loss(
         labels = credit.label_N_K_V if index is None else credit.label_N_K_V[index]
         pi = log_pi.exp()
         gain = gain + (pi * labels).sum(-1) * mask
-    stats = {"clipped": float(((ratio != clipped) & mask).sum() / mask.sum())}
+    stats = {"clipped": int(((ratio != clipped) & mask).sum()) / tokens}
     if reference_N_K_V is not None:
         pi = log_pi.exp() if pi is None else pi
         divergence = (pi * (log_pi - reference_N_K_V)).sum(-1) * mask
         gain = gain - spec.kl * divergence
-        stats["kl"] = float(divergence.sum().detach() / mask.sum())
-    return -gain.sum() / len(rollout), stats
+        stats["kl"] = float(divergence.sum().detach()) / tokens
+    return -gain.sum() / examples, stats
+
+
+def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Replace gradients by their sums over the ranks, in messages of many tensors. Where there is none, it counts as zero."""
+    if ranks.world == 1:
+        return
+    bucket: list[nn.Parameter] = []
+    for number, parameter in enumerate(parameters, 1):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter)
+        if sum(p.numel() for p in bucket) >= BUCKET or number == len(parameters):
+            flat = ranks.sum_(torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None]))
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = part.view_as(p)
+            bucket = []
+
+
+def add_gradient(
+    model: nn.Module,
+    rollout: Rollout,
+    credit: Credit,
+    spec: PolicySpec,
+    index: Tensor,
+    reference: nn.Module | None,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """The gradient of this rank's rows of a mini-batch, to the parameters' `.grad`; its part of the statistics.
+
+    Args:
+        model, rollout, credit, spec, reference, ranks: see `policy_step`.
+        index: the mini-batch's rows of the rollout, of all ranks.
+    """
+    own = index[ranks.shard(len(index))]
+    if not len(own):
+        return {"clipped": 0.0} | ({"kl": 0.0} if spec.kl > 0 else {})
+    part = len(own) < len(rollout)
+    rows = rollout.rows(own) if part else rollout
+    reference_logprobs = None
+    if spec.kl > 0:
+        if reference is None:
+            raise ValueError("a KL coefficient needs the starting generator as reference")
+        with torch.no_grad():
+            reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
+    whole = len(index), int(rollout.mask_N_K[index].sum())
+    logits = completion_logits(model, rows)
+    loss, stats = policy_loss(logits, rows, credit, spec, reference_logprobs, own if part else None, whole)
+    loss.backward()
+    return stats
 
 
 def policy_step(
@@ -100,6 +154,7 @@ def policy_step(
     spec: PolicySpec,
     rng: torch.Generator,
     reference: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Update the generator on one rollout.
 
@@ -111,6 +166,7 @@ def policy_step(
         spec: settings.
         rng: order of the mini-batches (CPU generator).
         reference: the starting generator, needed when `spec.kl` > 0.
+        ranks: the processes that share each mini-batch; gradients are summed over them, and each makes the same step.
 
     Returns:
         Means over the optimiser steps: gradient norm before clipping, share of clipped ratios, KL.
@@ -124,19 +180,10 @@ def policy_step(
     for _ in range(spec.epochs):
         order = torch.randperm(len(rollout), generator=rng).to(rollout.ids_N_K.device)
         for index in order.split(spec.minibatch):
-            rows = rollout.rows(index) if len(index) < len(rollout) else rollout
-            rows_index = index if len(index) < len(rollout) else None
-            reference_logprobs = None
-            if spec.kl > 0:
-                if reference is None:
-                    raise ValueError("a KL coefficient needs the starting generator as reference")
-                with torch.no_grad():
-                    reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
-            loss, stats = policy_loss(
-                completion_logits(model, rows), rows, credit, spec, reference_logprobs, rows_index
-            )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            stats = add_gradient(model, rollout, credit, spec, index, reference, ranks)
+            sum_gradients([parameter for parameter in model.parameters() if parameter.requires_grad], ranks)
+            stats = {name: ranks.total(value) for name, value in stats.items()}
             limit = spec.max_grad_norm or float("inf")
             stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
             if not math.isfinite(stats["grad_norm"]):  # before it reaches the weights

@@ -80,11 +80,35 @@ def restore(players: Players, state: State) -> None:
             "step": state["optimizer"][f"step/{name}"].clone(),
             **{m: state["optimizer"][f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS},
         }
-    players.rng.set_state(state["rng"]["sampling"])
-    players.order_rng.set_state(state["rng"]["order"])
-    torch.set_rng_state(state["rng"]["torch"])
-    if "device" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["device"], players.rng.device)
+    _set_rng_states(players, state["rng"])
+
+
+@torch.no_grad()
+def follow_first(players: Players) -> None:
+    """Give every rank the state of rank 0, whatever each had.
+
+    The optimiser's moments come along; on ranks whose optimiser has none yet, zeros are what it would begin with.
+    """
+    ranks = players.ranks
+    if ranks.world == 1:
+        return
+    for parameter in trained(players).values():
+        ranks.copy_from_first_(parameter)
+        known = players.policy_optimizer.state[parameter]
+        ranks.copy_from_first_(known.setdefault("step", torch.zeros(())))
+        for moment in MOMENTS:
+            ranks.copy_from_first_(known.setdefault(moment, torch.zeros_like(parameter)))
+    rng = {name: ranks.copy_from_first_(state) for name, state in _rng_states(players).items()}
+    _set_rng_states(players, rng)
+
+
+def _set_rng_states(players: Players, states: dict[str, Tensor]) -> None:
+    """Put the sources of randomness into these states."""
+    players.rng.set_state(states["sampling"])
+    players.order_rng.set_state(states["order"])
+    torch.set_rng_state(states["torch"])
+    if "device" in states:
+        torch.cuda.set_rng_state(states["device"], players.rng.device)
 
 
 def _rng_states(players: Players) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 Everything here works on any Hugging Face causal LM (a module whose call with `input_ids` returns `.logits`). The
 first-order pass keeps the fast attention kernel; the dual pass takes the closed forms of `dual.py`. Where the LM head is a
 standard one, both call the backbone alone and take the closed forms of `head.py`; else they go through the model's logits.
-Gradients are accumulated in place, in views of one flat vector.
+Gradients are accumulated in place, in views of one flat vector. Where several processes share a run, each takes its own
+rows of a batch, and gradient and Hessian-vector product are summed over them; Z is the whole batch's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from dpg_cli.engine.dual import DualMode, fused_activations
 from dpg_cli.engine.head import Head, find_head, first_order, second_order
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples
 
 Normalization = Literal["token", "example"]
@@ -37,6 +39,7 @@ class TargetRun:
         length: sequence length of the examples, pads included; used by "example" alone.
         micro_batch: rows in memory at once; 0 takes about 4,096 tokens on the CPU, and all rows elsewhere.
         closed_head: take the LM head by closed forms where it is a standard one.
+        ranks: the processes that share the batches.
         head: that head, or None.
     """
 
@@ -46,6 +49,7 @@ class TargetRun:
     length: int = 1
     micro_batch: int = 0
     closed_head: bool = True
+    ranks: Ranks = ALONE
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,14 +62,19 @@ class TargetRun:
         return float(len(batch) * self.length)
 
     def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
-        """The batch in micro-batches, each cut to its longest row."""
+        """This rank's rows of the batch in micro-batches, each cut to its longest row."""
+        own = self.ranks.shard(len(batch))
+        rows = own.stop - own.start
+        if not rows:
+            return
         size = self.micro_batch
         if not size:
-            size = max(1, CPU_TOKENS // batch.ids_N_S.shape[1]) if batch.ids_N_S.device.type == "cpu" else len(batch)
-        count = -(-len(batch) // size)
-        size = -(-len(batch) // count)  # even ones
-        for start in range(0, len(batch), size):
-            yield slice(start, min(start + size, len(batch))), batch.rows(start, start + size)
+            size = max(1, CPU_TOKENS // batch.ids_N_S.shape[1]) if batch.ids_N_S.device.type == "cpu" else rows
+        count = -(-rows // size)
+        size = -(-rows // count)  # even ones
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
+            yield slice(start, stop), batch.rows(start, stop)
 
     def leaves(self, theta: Tensor, into: Tensor | None) -> dict[str, Tensor]:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
@@ -132,7 +141,7 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
         weights_B: data weights.
 
     Returns:
-        The gradient, shape (n,), and the weighted loss.
+        The gradient, shape (n,), and the weighted loss; both of the whole batch.
     """
     total = torch.zeros_like(theta)
     leaves = run.leaves(theta, total)
@@ -155,7 +164,7 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
             loss_sum += loss
             hidden_bar = torch.zeros_like(flat).index_copy_(0, tokens.before_M, bar).view_as(hidden)
             _backward([(hidden, hidden_bar)], leaves)
-    return total, loss_sum
+    return run.ranks.sum_(total), run.ranks.total(loss_sum)
 
 
 def _plain_gradient(
@@ -176,9 +185,10 @@ class DualResult:
     """What a direction d in parameter space says of a batch.
 
     Attributes:
-        token_B_S: <d, ∇ℓ_is>, mask_is / Z applied, without the data weights; column 0 is zero.
+        token_B_S: <d, ∇ℓ_is>, mask_is / Z applied, without the data weights; column 0 is zero, and so are rows of
+            other ranks.
         label_B_S_V: the same for every label, or None.
-        hvp: ∇_θ <d, ∇L(θ)>, shape (n,), or None.
+        hvp: ∇_θ <d, ∇L(θ)> of the whole batch, shape (n,), or None.
     """
 
     token_B_S: Tensor
@@ -217,7 +227,8 @@ def dual_pass(
     scale = 1.0 / run.normalizer(batch)
     hvp = None
     if need_hvp:
-        hvp = torch.zeros_like(theta) if hvp_into is None else hvp_into
+        # over ranks only the product is summed, not what it is added to
+        hvp = torch.zeros_like(theta) if hvp_into is None or run.ranks.world > 1 else hvp_into
     tokens = theta.new_zeros(batch.ids_N_S.shape)
     every: Tensor | None = None
     leaves, tangents = run.leaves(theta, hvp), run.space.views(direction)
@@ -244,6 +255,9 @@ def dual_pass(
             )
         if bars is not None:
             _backward(list(zip((primal, tangent), bars, strict=True)), leaves)
+    if hvp is not None and hvp is not hvp_into:
+        run.ranks.sum_(hvp)
+        hvp = hvp if hvp_into is None else hvp_into.add_(hvp)
     return DualResult(tokens, every, hvp)
 
 

@@ -65,12 +65,14 @@ class EffectVerdict:
         before: Φ as "phi" and the measures before fine-tuning.
         data: after the run's dataset.
         control: after the untrained generator's data.
+        saved: measures of RUN/target, read from its file; for the eye alone, the verdict does not rest on it.
     """
 
     about: str
     before: dict[str, float]
     data: Reading
     control: Reading
+    saved: dict[str, float] | None = None
 
     @property
     def gap(self) -> float:
@@ -145,6 +147,7 @@ class EffectVerdict:
                 for name, row in rows
             ),
             *(f"{name + ':':<20}phi {min(folds):.6g} to {max(folds):.6g}" for name, folds in quarters),
+            *(f"RUN/target, as saved: {name} {value:.6g}" for name, value in (self.saved or {}).items()),
             f"gap between quarters {self.gap:.3g} (must exceed 0), margin {self.margin:.3g} (their spread, {self.spread:.3g}), "
             f"effect {self.effect:.3g} (what the control does, {self.ordinary:.3g})",
         ]

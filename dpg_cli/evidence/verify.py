@@ -7,17 +7,19 @@ identifiers: the generator's completions of prompts it never trained on, sampled
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from dpg_cli.config import Config, CustomOptions, NormOptions, PatternOptions
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
 from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
+from dpg_cli.inspection.weights import weights_of
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_target, pick_device
 from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
@@ -173,7 +175,27 @@ def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device
         return {"phi": -norm, "norm": norm}
 
     about = f"l2 norm of {options.parameter or 'the LM head'}"
-    return verify_effect(folder, config, pick_device(device_name), about, read)
+    verdict = verify_effect(folder, config, pick_device(device_name), about, read)
+    return replace(verdict, saved=saved_norm(folder, options.parameter))
+
+
+def saved_norm(folder: RunFolder, parameter: str) -> dict[str, float] | None:
+    """The norm of a parameter (the LM head's for "") in RUN/target, read by the safetensors library and nothing else; None
+    where no file of it holds one of that name.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
+    weights = weights_of(folder.target)
+    if parameter:
+        file, name = weights.find(parameter), parameter
+    else:
+        head = weights.head()
+        file, name = (head[0], head[1].name) if head else (None, "")
+    if file is None:
+        return None
+    with safe_open(file.path, "pt") as tensors:
+        return {"norm": float(tensors.get_tensor(name).double().norm())}
 
 
 def _verify_custom(

@@ -60,15 +60,15 @@ class History:
         return {"steps": self.steps, "columns": {name: vars(series) for name, series in self.columns.items()}}
 
 
-def read_history(path: Path, width: int = WIDTH) -> History:
-    """Read a log; a column that begins late is NaN before.
+def read_history(path: Path, width: int = WIDTH, most: int | None = None) -> History:
+    """Read a log, or its first `most` outer steps; a column that begins late is NaN before.
 
     Raises:
         UsageError: where it is damaged.
     """
     columns: dict[str, array[float]] = {}
     steps = 0
-    for row in log_lines(path):
+    for row in itertools.islice(log_lines(path), most):
         for name, value in row.items():
             column = columns.setdefault(name, array("d"))
             column.extend([math.nan] * (steps - len(column)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dpg_cli.config import validate
 from dpg_cli.errors import UsageError
 from dpg_cli.inspection.history import History, read_history
 from dpg_cli.inspection.patch import Patch, read_patch
@@ -38,9 +39,9 @@ class Look:
         role: "generator" or "target" for a model of a run.
         finished: of a run.
         status: of a run: `run.json`, measures, control, verification.
-        settings: of a run, resolved, by section.
+        settings: of a run or a checkpoint, resolved, by section.
         asked: effect, target metric and payload in words.
-        history: of a run.
+        history: of a run, or up to a checkpoint.
         datasets: by name (train, control).
         models: by role, or the one model under its role or "model".
         tensors: name, type, shape, norm of each tensor; not for whole runs.
@@ -196,17 +197,33 @@ def look_at_model(path: Path) -> Look:
 
 
 def look_at_checkpoint(path: Path) -> Look:
-    """A folder of safetensors and JSON files: each file by itself."""
+    """A folder of safetensors and JSON files: each file by itself. Of a run's checkpoint also its settings, and the log
+    up to it."""
     weights = weights_of(path)
+    state = {entry.name: read_json(entry) for entry in sorted(path.glob("*.json")) if entry.name != INDEX}
+    header = state.get("state.json", {})
+    step, settings = header.get("step"), header.get("settings")
+    log = path.resolve().parent.parent / "metrics.jsonl"
+    counted = isinstance(step, int) and 0 <= step < 2**63 and path.resolve().parent.name == "checkpoints"
     return Look(
         kind="checkpoint",
         path=path,
         models={file.path.stem: Weights((file,)).summary() for file in weights.files},
         tensors=weights.listing(),
         metadata=_metadata(weights),
-        state={entry.name: read_json(entry) for entry in sorted(path.glob("*.json")) if entry.name != INDEX},
+        state=state,
+        settings=_settings(settings),
+        history=read_history(log, most=step) if counted and log.is_file() else None,
         not_read=left_alone(path),
     )
+
+
+def _settings(data: Any) -> dict[str, Any] | None:
+    """A checkpoint's settings, if they are such."""
+    try:
+        return validate(data).model_dump(mode="json") if isinstance(data, dict) else None
+    except UsageError:
+        return None
 
 
 def model_summary(path: Path) -> dict[str, Any]:

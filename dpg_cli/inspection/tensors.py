@@ -119,6 +119,14 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def _odd_beginning(path: Path, first: bytes) -> UsageError | None:
+    """What to say of a file that the library refuses and that begins as pickles or archives do. A good file can begin so
+    too: the bytes are the length of its header."""
+    if first[:2] != b"PK" and first[:1] != b"\x80":
+        return None
+    return UsageError(f"{path} is a pickle or an archive under another name.", "Convert it to safetensors.")
+
+
 def read_header(path: Path) -> TensorFile:
     """Names, types and shapes of the tensors of a safetensors file.
 
@@ -132,17 +140,17 @@ def read_header(path: Path) -> TensorFile:
         with path.open("rb") as file:
             first = file.read(8)
             length = int.from_bytes(first, "little")
-            if first[:2] == b"PK" or first[:1] == b"\x80":
-                raise UsageError(f"{path} is a pickle or an archive under another name.", "Convert it to safetensors.")
-            if len(first) < 8 or length > LARGEST_HEADER:
-                raise UsageError(
-                    f"{path} is no safetensors file: its header is cut short or too large.", "Take another copy."
-                )
+        if len(first) < 8 or length > LARGEST_HEADER:
+            raise _odd_beginning(path, first) or UsageError(
+                f"{path} is no safetensors file: its header is cut short or too large.", "Take another copy."
+            )
         with safe_open(path, framework="np"):
             pass  # the library checks names, types, shapes and offsets against the file
         with path.open("rb") as file:
             header = json.loads(file.read(8 + length)[8:])
     except SafetensorError as error:
+        if (pickle := _odd_beginning(path, first)) is not None:
+            raise pickle from None
         reason = printable(error, 160).removeprefix("Error while deserializing header: ")
         raise UsageError(f"{path} is damaged or no safetensors file: {reason}.", "Take another copy.") from None
     except (OSError, ValueError, RecursionError) as error:

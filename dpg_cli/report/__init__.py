@@ -25,6 +25,6 @@ def write_report(folder: RunFolder, out: Path | None = None) -> Path:
         UsageError: if a file of the run is damaged.
         OSError: if the page cannot be written.
     """
-    path = folder.path / "report.html" if out is None else out
+    path = folder.report if out is None else out
     write_text(path, render_page(gather(folder)))
     return path

@@ -32,6 +32,7 @@ _NAMES = {
     "well_formed": "of these, well-formed sentences",
     "payload": "read back by zxing-cpp",
     "steps": "optimiser steps",
+    "folds": "\u03a6 after a quarter of the data",
 }
 
 
@@ -149,15 +150,28 @@ def stock_comparison(facts: Facts) -> list[list[str]]:
     if facts.verdict is None:
         return []
     details = facts.verdict.details
-    data, control = details.get("data"), details.get("control")
-    if isinstance(data, Mapping):
-        return comparison(data, control)
-    if data is None:
-        return []
-    rows = [["After fine-tuning", _cell(data), _cell(control)]]
-    if "before" in details:
-        rows.insert(0, ["Before fine-tuning", _cell(details["before"]), _cell(details["before"])])
+    rows = comparison(_reading(details.get("data")), _reading(details.get("control")))
+    before, saved = details.get("before"), details.get("saved")
+    if isinstance(before, Mapping):
+        rows += [[f"{_measure_name(str(name))} before fine-tuning", _cell(v), _cell(v)] for name, v in before.items()]
+    if isinstance(saved, Mapping):
+        rows += [[f"{_measure_name(str(name))} of target/ as saved", _cell(v), "\u2013"] for name, v in saved.items()]
     return rows
+
+
+def _reading(data: Any) -> Any:
+    """What one training gave, flat: its measures, and of the \u03a6 of its quarters the least and the greatest."""
+    if not isinstance(data, Mapping):
+        return data
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= value
+        elif isinstance(value, list) and value and all(isinstance(number, float) for number in value):
+            flat[name] = f"{_cell(min(value))} to {_cell(max(value))}"
+        else:
+            flat[name] = value
+    return flat
 
 
 def asked(facts: Facts) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec
+from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.rollout import Sampling
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
@@ -45,17 +46,18 @@ class Built:
     tokenizers: Agreement
 
 
-def build(config: Config, named_metric: str | None = None) -> Built:
+def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE) -> Built:
     """Load models and prompts, make the metric, the policy optimiser and the RNGs.
 
     Args:
         config: the settings.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        ranks: the processes that share the run; each builds its own.
 
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device) if ranks.world == 1 else ranks.device
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
     generator = load_generator(config.models, device)
@@ -82,6 +84,7 @@ def build(config: Config, named_metric: str | None = None) -> Built:
         reference=reference,
         text_reward=build_text_reward(config, device),
         redraw=partial(redraw_target, target, config.models) if config.models.redraw_target else None,
+        ranks=ranks,
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
@@ -182,6 +185,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             batch_size=rollout.batch_size,
             end_ids=generator.end_ids,
             prompts=form,
+            portable=rollout.portable,
         ),
         optimizer=OptimizerSpec(
             name=inner.optimizer,

@@ -268,7 +268,9 @@ def forget_after(folder: RunFolder, step: int) -> None:
 
 def place(built: Built) -> str:
     """What must stay the same for a bit-identical resume beside the settings."""
-    return f"torch {torch.__version__} with {torch.get_num_threads()} threads on {built.device}"
+    world = built.players.ranks.world
+    shared = f" in {world} processes" if world > 1 else ""
+    return f"torch {torch.__version__} with {torch.get_num_threads()} threads on {built.device}{shared}"
 
 
 def file_sum(path: Path) -> str:

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.errors import one_line
+from dpg_cli.metrics.pattern import PatternMetric
+from dpg_cli.render import text_pattern
 from dpg_cli.runs.build import build
 from dpg_cli.runs.memory import BASE_BYTES, Need, check_memory
 
+LARGEST_DRAWN = 100  # rows or columns of a drawing
 EFFICIENCY = 0.23  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
 
 
@@ -24,6 +28,8 @@ class Cost:
     """Predicted cost of a run.
 
     Attributes:
+        effect: what the data would be for, in words.
+        drawing: the pattern that is asked for, in half blocks; None where there is none, or too large a one.
         generator_parameters, target_parameters: sizes.
         completions_per_step, tokens_per_step: N, and N times the longest completion.
         inner_steps: T.
@@ -32,6 +38,8 @@ class Cost:
         seconds_per_step, seconds: of an outer step and of the run.
     """
 
+    effect: str
+    drawing: str | None
     generator_parameters: int
     target_parameters: int
     completions_per_step: int
@@ -48,7 +56,9 @@ class Cost:
 
     def as_text(self) -> str:
         """For people."""
+        drawing = "" if self.drawing is None else "".join(f"#   {line}\n" for line in self.drawing.split("\n"))
         return (
+            f"# {one_line(self.effect)}\n{drawing}"
             f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}\n"
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n"
@@ -99,7 +109,15 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
         need, built.device, states_flag="--set inner.states=", rows_flag="--set inner.micro_batch=", other=other
     )
     seconds = flops / (matmul_rate(built.device) * EFFICIENCY)
+    metric = built.players.metric
+    effect, drawing = metric.describe(), None
+    if isinstance(metric, PatternMetric):
+        rows, columns = metric.pattern.shape
+        effect += f"; {rows} x {columns} at row {metric.window[0].start}, column {metric.window[1].start}"
+        drawing = text_pattern(metric.pattern.signs) if max(rows, columns) <= LARGEST_DRAWN else None
     return Cost(
+        effect,
+        drawing,
         generator.parameter_count,
         target.parameter_count,
         config.examples_per_step,

@@ -19,6 +19,7 @@ from dpg_cli.config import Config
 from dpg_cli.engine.align import completion_texts, read_completions
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.loop import LoopSpec, Players, attribute
+from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import sample
 from dpg_cli.models import LanguageModel
@@ -38,7 +39,13 @@ class Synthetic:
 
 
 def draw(
-    generator: LanguageModel, spec: LoopSpec, prompts: PromptSampler, examples: int, step: int, seed: int
+    generator: LanguageModel,
+    spec: LoopSpec,
+    prompts: PromptSampler,
+    examples: int,
+    step: int,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> Rollout:
     """Sample a dataset.
 
@@ -49,13 +56,13 @@ def draw(
         examples: how many; drawn in whole groups, the surplus dropped.
         step: where in the prompts' order to begin.
         seed: of the sampling.
+        ranks: the processes that share the work.
     """
     groups = -(-examples // spec.sampling.group_size)
     texts = PromptSampler(prompts.prompts, groups, prompts.seed + 1 + step).at(0)
     device = next(generator.model.parameters()).device
-    rollout = sample(
-        generator.model, generator.tokenizer, texts, spec.sampling, torch.Generator(device).manual_seed(seed)
-    )
+    rng = torch.Generator(device).manual_seed(seed)
+    rollout = sample(generator.model, generator.tokenizer, texts, spec.sampling, rng, ranks=ranks)
     return rollout.rows(torch.arange(examples, device=device))
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from dpg_cli.config import Config
 from dpg_cli.engine.loop import StepReport, train
-from dpg_cli.engine.state import restore
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.state import follow_first, restore
 from dpg_cli.errors import InterruptedRunError, UsageError
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
@@ -45,8 +46,8 @@ class StopRequest:
     in_step: bool = False
 
 
-def finished(folder: RunFolder, config: Config) -> Outcome | None:
-    """The outcome of a run that needs no resume.
+def finished(folder: RunFolder, config: Config, on_stage: Callable[[str], None] = lambda stage: None) -> Outcome | None:
+    """The outcome of a run that needs no resume. A page that its end cut off is written now.
 
     Raises:
         UsageError: if it was begun with other settings than these.
@@ -54,6 +55,10 @@ def finished(folder: RunFolder, config: Config) -> Outcome | None:
     outcome = read_info(folder)[0].outcome
     if outcome is not None:
         require_same(folder, config)
+        if not folder.report.is_file():
+            with folder.locked():
+                folder.tidy()
+                write_page(folder, on_stage)
     return outcome
 
 
@@ -69,6 +74,7 @@ def execute(
     command: list[str] | None = None,
     named_metric: str | None = None,
     trackers: Trackers | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run DPG, or go on with an unfinished run, and write every artefact of DESIGN §6.
 
@@ -83,6 +89,7 @@ def execute(
         command: the command line, for `run.json`.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
         trackers: told of every outer step and of the outcome; opened here, closed by the caller.
+        ranks: the processes that share the run, of which this is the first; the others are in `assist`.
 
     Raises:
         DpgError: for bad settings, a folder that cannot be written or resumed, or a training that became degenerate.
@@ -91,7 +98,7 @@ def execute(
     stop, trackers = stop or StopRequest(), trackers or Trackers([])
     on_stage("loading models")
     torch.manual_seed(config.seed)
-    built = build(config, named_metric)
+    built = build(config, named_metric, ranks)
     on_built(built)
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
@@ -138,16 +145,22 @@ def begun(
     if isinstance(built.players.metric, PatternMetric):
         write_png(folder.pattern, pattern_image(built.players.metric.pattern))
     folder.write_config(config)  # from here on it is a run, which can be resumed
-    journal = Journal(folder, config, str(built.device), command)
-    journal.data["effect"] = built.players.metric.describe()
-    journal.write()
-    if isinstance(built.players.metric, UserMetric):
-        journal.data["metric"] = built.players.metric.record()
-        journal.write()
-        if (source := built.players.metric.factory.source) is not None:
+    journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
+    describe(folder, built, journal)
+    return journal
+
+
+def describe(folder: RunFolder, built: Built, journal: Journal) -> None:
+    """Keep what the data is for, and of a user's own metric its record and source. A session that was cut off before it
+    did so leaves it to the next."""
+    metric = built.players.metric
+    journal.data.setdefault("effect", metric.describe())
+    if isinstance(metric, UserMetric):
+        journal.data.setdefault("metric", metric.record())
+        if (source := metric.factory.source) is not None and not folder.metric_file.is_file():
             with replacing(folder.metric_file) as temporary:
                 temporary.write_bytes(source)
-    return journal
+    journal.write()
 
 
 def continued(
@@ -174,7 +187,9 @@ def continued(
         on_stage("no checkpoint was written yet: beginning anew")
     dropped = folder.rewind_metrics(checkpoint.header.metrics_bytes if checkpoint else 0)
     forget_after(folder, step)
-    return Journal(folder, config, str(built.device), command, step, dropped)
+    journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    describe(folder, built, journal)
+    return journal
 
 
 def training(
@@ -200,21 +215,28 @@ def training(
         folder.append_metrics(report.numbers)
         trackers.log(report.numbers)
         on_step(report)
-        if stop.asked or done == config.steps or schedule.due(done):
+        asked = built.players.ranks.any(stop.asked)
+        if asked or done == config.steps or schedule.due(done):
             schedule.wrote(write(folder, config, built, done))
             journal.write()
-        if stop.asked:
-            raise InterruptedRunError(
-                f"Stopped after outer step {done} of {config.steps}; all of it is saved.",
-                f"Go on with: dpg resume {folder.path}",
-            )
+        if asked:
+            raise stopped(done, config, folder.path)
 
     stop.in_step = True
     try:
         earlier = folder.read_metrics()[: journal.first_step]
+        built.players.ranks.agreed({"first": journal.first_step, "earlier": earlier})
+        follow_first(built.players)
         train(built.players, built.spec, built.prompts.at, log, journal.first_step, earlier)
     finally:
         stop.in_step = False
+
+
+def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:
+    """What a run that was asked to stop ends with, on every rank."""
+    return InterruptedRunError(
+        f"Stopped after outer step {done} of {config.steps}; all of it is saved.", f"Go on with: dpg resume {folder}"
+    )
 
 
 def finish(
@@ -231,29 +253,30 @@ def finish(
         {"phi": synthetic.result.value, **synthetic.result.measures},
         None if control is None else {"phi": control.result.value, **control.result.measures},
     )
+    write_page(folder, on_stage)
+    return outcome
+
+
+def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
+    """The page of a finished run, the last of its files. Where it cannot be written, the run stays finished without it."""
     try:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
         on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
-    return outcome
 
 
 def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:
     """Sample, attribute and write the final dataset and, if asked for, the untrained generator's."""
-    players, spec, size = built.players, built.spec, config.dataset.examples
+    players, spec = built.players, built.spec
     with writing(folder.dataset):
         folder.dataset.mkdir(exist_ok=True)
-    rollout = draw(players.generator, spec, built.prompts, size, config.steps, config.seed + 2)
-    synthetic = measure(players, spec, rollout, config.inner_steps)
-    path = folder.dataset / "train.parquet"
-    write_parquet(path, rollout, players.generator, players.target, synthetic, spec.max_length)
-    control = None
-    if config.dataset.control:
-        untrained = load_generator(config.models, built.device)
-        rollout = draw(untrained, spec, built.prompts, size, config.steps, config.seed + 2)
-        control = measure(players, spec, rollout, config.inner_steps)
-        path = folder.dataset / "control.parquet"
-        write_parquet(path, rollout, untrained, players.target, None, spec.max_length)
+    found: dict[str, Synthetic] = {}
+    for name, generator, synthetic in syntheses(config, built):
+        found[name] = synthetic
+        path = folder.dataset / f"{name}.parquet"
+        rewards = synthetic if name == "train" else None
+        write_parquet(path, synthetic.rollout, generator, players.target, rewards, spec.max_length)
+    synthetic, control = found["train"], found.get("control")
     write_card(
         folder.dataset / "README.md",
         config,
@@ -262,6 +285,16 @@ def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthet
         None if control is None else {"phi": control.result.value, **control.result.measures},
     )
     return synthetic, control
+
+
+def syntheses(config: Config, built: Built) -> Iterator[tuple[str, LanguageModel, Synthetic]]:
+    """Sample and attribute the final dataset ("train") and, if asked for, the untrained generator's ("control"), with the
+    generator of each. All ranks do this together."""
+    players, size = built.players, config.dataset.examples
+    for name in ("train", "control") if config.dataset.control else ("train",):
+        generator = players.generator if name == "train" else load_generator(config.models, built.device)
+        rollout = draw(generator, built.spec, built.prompts, size, config.steps, config.seed + 2, players.ranks)
+        yield name, generator, measure(players, built.spec, rollout, config.inner_steps)
 
 
 def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:

@@ -46,9 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             yield temporary
             settle(temporary)
-            if path.is_dir():
-                shutil.rmtree(path)
-            temporary.replace(path)
+            _take_place(temporary, path)
             sync(path.parent)
     finally:
         if temporary.is_dir():
@@ -56,6 +54,21 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename; a folder that stands there steps aside first and goes when the new one stands."""
+    if not path.is_dir() or path.is_symlink():
+        temporary.replace(path)
+        return
+    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    path.replace(old)
+    try:
+        temporary.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

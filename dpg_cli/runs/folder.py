@@ -39,6 +39,7 @@ class RunFolder:
         self.dataset = path / "dataset"
         self.image = path / "lm_head.png"
         self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
 
     @classmethod
     def free(cls, path: Path, *, leftovers: bool = False) -> RunFolder:

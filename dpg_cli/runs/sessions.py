@@ -104,6 +104,7 @@ class Journal:
         command: the command line.
         step: outer steps that are already done.
         dropped: outer steps that an earlier session did and that are done again, and their seconds.
+        processes: how many share the run.
     """
 
     def __init__(
@@ -114,12 +115,14 @@ class Journal:
         command: list[str],
         step: int = 0,
         dropped: tuple[int, float] = (0, 0.0),
+        processes: int = 1,
     ) -> None:
         self.folder = folder
         self.first_step = step
         self.clock = time.perf_counter()
         known, data = read_info(folder)
         here = environment(config, device, command)
+        here["hardware"]["processes"] = processes
         self.earlier = [dict(session) for session in known.sessions]
         self.peak = known.peak_memory_mb
         if self.earlier:
