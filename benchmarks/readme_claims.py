@@ -24,7 +24,6 @@ class Claim:
 
 
 QR = "# Patterns in the LM head: `qr-embed`"
-TASKS = "# The other presets"
 CLAIMS = (
     Claim("15 of 15 verified, the lowest pixel accuracy 0.9984", QR, "`dpg run`, `dpg verify`"),
     Claim("`make demo` takes 3 min 40 s from a bare clone", "make demo", "timed by hand on two CPU cores"),
@@ -58,7 +57,6 @@ CLAIMS = (
         "# Credit: how a reward reaches a token",
         "curves at equal settings",
     ),
-    Claim("data that shrinks the LM head's norm, on the pretrained tiny model", TASKS, "`dpg run`, `dpg verify`"),
     Claim(
         "go on; on the CPU to the same bytes",
         "tests/test_resume.py::",
