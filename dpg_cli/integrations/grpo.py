@@ -191,13 +191,13 @@ class Follower:
     def _rewarded(self, batch: RewardedBatch) -> None:
         self.batch = batch
 
-    def logged(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Take in what TRL logged after optimiser step `step`, counted from 1."""
+    def logged(self, step: int, logs: Mapping[str, Any]) -> bool:
+        """Take in what TRL logged after optimiser step `step`, counted from 1; whether that ended an outer step."""
         if self.batch is None or "loss" not in logs:
-            return
+            return False
         self.logs.append({ours: float(logs[theirs]) for theirs, ours in FROM_TRL.items() if theirs in logs})
         if step % self.per:
-            return
+            return False
         now, outer, batch = time.perf_counter(), step // self.per - 1, self.batch
         mean = {name: sum(log[name] for log in self.logs) / len(self.logs) for name in self.logs[-1]}
         tokens = int(batch.rollout.mask_N_K.sum())
@@ -221,6 +221,7 @@ class Follower:
         self.report(StepReport(outer, numbers, batch.result, batch.rollout, warning))
         if fault is not None:
             raise fault
+        return True
 
 
 def inner_settings(spec: LoopSpec) -> InnerSettings:
@@ -263,13 +264,10 @@ def train(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.begin = time.perf_counter()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % per == 0:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if follower.logged(state.global_step, logs or {}):  # transformers saves and stops after it has logged
                 control.should_save = due(state.global_step // per)
                 control.should_training_stop = control.should_training_stop or bool(over())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            follower.logged(state.global_step, logs or {})
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.begin = time.perf_counter()

@@ -4,7 +4,7 @@ With n_g and n_t parameters, N completions of K tokens to prompts of Q tokens, t
 examples, and F = 2 n · tokens for a forward pass (source of the counts: DESIGN §2):
 
     shared by the ranks      rollout: reading 2 n_g P Q, writing 2 n_g N K; inner run 3F; reverse 3F at t = 0 and 8F elsewhere;
-                             with `sqrt` 3F (T - √T) / T once more; policy 6 n_g N (Q + K)
+                             with `sqrt` about 3F (T - √T) / T more; policy 6 n_g N (Q + K)
     done by every rank       optimiser steps and adjoints: passes over vectors of n_t numbers, T times each; AdamW on n_g numbers
     sent                     g_t (T times, and what `sqrt` computes again) and Hessian-vector products (T - 1 times), n_t numbers each;
                              the policy's gradient, n_g numbers a mini-batch; a ring all-reduce sends 2 (W - 1) / W of each
@@ -186,13 +186,20 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
     )
 
 
+def computed_again(job: Job) -> int:
+    """Inner steps whose gradient the reverse pass computes once more: all but the last segment, with `sqrt`."""
+    if job.states != "sqrt" or not job.attributed:
+        return 0
+    segment = math.isqrt(max(0, job.inner_steps - 1)) + 1
+    return (job.inner_steps - 1) // segment * segment
+
+
 def operations(job: Job) -> dict[str, float]:
     """Floating-point operations of an outer step by part, of all ranks together."""
     steps, total = job.inner_steps, job.examples
     forward_t = 2.0 * job.target.parameters * total * job.target_tokens
     reverse = (3 + 8 * (steps - 1)) / steps * forward_t if job.attributed else 0.0
-    if job.states == "sqrt" and job.attributed:
-        reverse += 3 * forward_t * max(0, steps - math.isqrt(max(0, steps - 1)) - 1) / steps
+    reverse += 3 * forward_t * computed_again(job) / steps
     read, written = job.prompts * job.prompt_tokens, total * job.completion_tokens
     return {
         "rollout": 2.0 * job.generator.parameters * (read + written),
@@ -204,9 +211,8 @@ def operations(job: Job) -> dict[str, float]:
 
 def sent_numbers(job: Job) -> tuple[int, int]:
     """Numbers of the target's and of the generator's size that are summed over ranks in an outer step."""
-    steps, kept = job.inner_steps, job.inner_steps
-    again = steps - math.isqrt(max(0, steps - 1)) - 1 if job.states == "sqrt" and job.attributed else 0
-    vectors = kept * (1 + job.extra_runs) + max(0, again) + (steps - 1 if job.attributed else 0)
+    steps = job.inner_steps
+    vectors = steps * (1 + job.extra_runs) + computed_again(job) + (steps - 1 if job.attributed else 0)
     return vectors * job.target.parameters, job.policy_steps * job.generator.parameters
 
 
