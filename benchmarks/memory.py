@@ -1,6 +1,6 @@
 """What the choices of memory cost, and what memory does not grow with.
 
-    python benchmarks/memory.py [--repeats 3] [--json]
+    python benchmarks/memory.py [--repeats 3] [--part steps] [--json] [--out FILE]
 
 1. T = 256 at W1's shape: time and peak memory of keep, sqrt and offload, beside the peak of T = 16.
 2. Vocabulary 50,257 against 1,024, at 512 and 4,096 tokens a step (one inner step of a small model): the peak above that of
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from metagradient import Workload, peak_bytes
@@ -70,8 +72,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--part", choices=("steps", "vocabulary", "both"), default="both")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    tables = {"steps": steps(options.repeats), "vocabulary": vocabulary()}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if options.part != "vocabulary":
+        tables["steps"] = steps(options.repeats)
+    if options.part != "steps":
+        tables["vocabulary"] = vocabulary()
+    if options.out:
+        options.out.write_text(
+            json.dumps({"date": time.strftime("%Y-%m-%d")} | tables, indent=2) + "\n", encoding="utf-8"
+        )
     if options.json:
         print(json.dumps(tables, indent=2))
         return

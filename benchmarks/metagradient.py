@@ -1,6 +1,6 @@
 """Time and memory of the exact metagradient against plain training and against bergson, in one interleaved run.
 
-    python benchmarks/metagradient.py [--repeats 5] [--workloads W1,T1] [--bergson PYTHON] [--no-memory] [--json]
+    python benchmarks/metagradient.py [--repeats 5] [--workloads W1,T1] [--bergson PYTHON] [--no-memory] [--json] [--out FILE] [--device cuda]
 
 Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8,
 ε_root 1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW.
@@ -27,7 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads stay on their processors and wait a fraction of a millisecond before they sleep, in all contenders alike.
+os.environ.pop("OMP_WAIT_POLICY", None)
+os.environ |= {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "100000"}
 
 import numpy as np
 import torch
@@ -38,7 +40,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
+from dpg_cli.errors import DegenerateError
 
+DEVICE = torch.device(os.environ.get("DPG_BENCH_DEVICE", "cpu"))  # --device, also for the processes that this starts
 SPEC = OptimizerSpec("adamw", lr=1e-3, beta1=0.95, beta2=0.975, eps=1e-8, eps_root=1e-8, weight_decay=0.01)
 
 
@@ -62,6 +66,8 @@ WORKLOADS = {
     "T16": Workload(128, 2, 4, 1024, 64, 16, 32),
     "T256": Workload(128, 2, 4, 1024, 64, 256, 32),
     "W3": Workload(768, 12, 12, 50257, 64, 2, 8),
+    "G8": Workload(768, 12, 12, 50257, 128, 8, 128),  # for a GPU, as the next
+    "G96": Workload(768, 12, 12, 50257, 128, 96, 1024),
 }
 
 
@@ -113,6 +119,18 @@ def plain(model: GPT2LMHeadModel, work: Workload, ids: Tensor) -> None:
         optimizer.step()
 
 
+def processor() -> str:
+    """What computes."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def floor(steps: int) -> float:
     """Least possible multiple of plain training, by matrix products."""
     return (3 * steps + 3 + 8 * (steps - 1)) / (3 * steps)
@@ -128,10 +146,10 @@ class Local:
 
     def __init__(self, work: Workload, dtype: str = "float32") -> None:
         self.work = work
-        self.model = build(work).to(getattr(torch, dtype))
-        self.train, query = tokens(work)
+        self.model = build(work).to(device=DEVICE, dtype=getattr(torch, dtype))
+        self.train, query = (part.to(DEVICE) for part in tokens(work))
         self.metric = QueryLoss(query)
-        self.examples = Examples.from_sequences(self.train.tolist())
+        self.examples = Examples.from_sequences(self.train.tolist()).to(DEVICE)
         self.scores: Tensor | None = None
 
     def plain(self) -> float:
@@ -139,13 +157,15 @@ class Local:
         model = copy.deepcopy(self.model)
         return timed(lambda: plain(model, self.work, self.train))
 
-    def ours(self, memory: str = "keep") -> float:
+    def ours(self, memory: str = "keep", precision: str = "float32") -> float:
         """Seconds of our metagradient."""
 
         def call() -> None:
-            batch = self.work.batch
-            result = metagradient(self.model, self.examples, SPEC, self.metric, batch_size=batch, memory=memory)  # type: ignore[arg-type]
-            self.scores = result.example_N
+            result = metagradient(
+                self.model, self.examples, SPEC, self.metric, batch_size=self.work.batch,
+                memory=memory, precision=precision, micro_batch=0 if DEVICE.type == "cpu" else 64,
+            )  # type: ignore[arg-type]  # fmt: skip
+            self.scores = result.example_N.cpu()
 
         return timed(call)
 
@@ -207,6 +227,8 @@ def timed(call: Callable[[], object]) -> float:
     """Seconds of one call."""
     started = time.perf_counter()
     call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize(DEVICE)
     return time.perf_counter() - started
 
 
@@ -226,6 +248,8 @@ def child(text: str) -> None:
     if spec["what"] != "nothing":
         seconds = local.plain() if spec["what"] == "plain" else local.ours(spec["memory"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(DEVICE)
     print(json.dumps({"peak_bytes": peak, "seconds": seconds}))
 
 
@@ -246,6 +270,16 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[
         row |= {f"{key}_s": statistics.median(values) for key, values in times.items() if values}
         row["ratio"] = median_ratio(times["ours"], times["plain"])
         row["floor"] = floor(work.steps)
+        row["times"] = times
+        exact = local.scores
+        assert exact is not None
+        try:
+            row["bf16_s"] = local.ours(precision="bf16")
+            assert local.scores is not None
+            row["bf16_error"] = float((local.scores - exact).norm() / exact.norm())
+        except DegenerateError as error:
+            row["bf16_refused"] = str(error)
+        local.scores = exact
         if other is not None:
             other.close()
             row["bergson_ratio"] = median_ratio(times["bergson"], times["plain"])
@@ -284,6 +318,7 @@ COLUMNS = {
     "ours_peak_mb": ("ours MB", "{:>8.0f}"), "bergson_s": ("bergson s", "{:>10.3f}"),
     "bergson_ratio": ("bergson/plain", "{:>14.2f}"), "speedup": ("bergson/ours", "{:>13.2f}"),
     "bergson_peak_mb": ("bergson MB", "{:>11.0f}"), "agreement_float32": ("difference", "{:>11.1e}"),
+    "bf16_error": ("bf16 error", "{:>11.1e}"),
 }  # fmt: skip
 
 
@@ -311,6 +346,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", default="W1,T1")
     parser.add_argument("--bergson", metavar="PYTHON", help="python of an environment with bergson 0.26.1")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda with the workloads G8 and G96")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--no-agreement", action="store_true", help="leave the comparison in float64 out")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -318,23 +356,25 @@ def main() -> None:
     if options.child:
         child(options.child)
         return
+    global DEVICE
+    DEVICE = torch.device(options.device)
+    os.environ["DPG_BENCH_DEVICE"] = options.device
     rows = []
     for name in options.workloads.split(","):
         rows.append(measure(name, options.repeats, options.bergson, not options.no_memory))
         print(f"{name} done", file=sys.stderr)
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "processor": platform.machine(), "repeats": options.repeats,
+        "processor": processor(), "repeats": options.repeats,
     }  # fmt: skip
-    if options.bergson:
+    if options.bergson and not options.no_agreement:
         about["agreement_float64"] = agreement(rows[0]["workload"], options.bergson)
+    sizes = {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}
+    text = json.dumps(about | {"rows": rows, "sizes": sizes}, indent=2)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
     if options.json:
-        print(
-            json.dumps(
-                about | {"rows": rows, "sizes": {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}},
-                indent=2,
-            )
-        )
+        print(text)
         return
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(rows))

@@ -220,6 +220,11 @@ class InnerConfig(Section):
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
         "(from an accelerator: in host memory); changes nothing but memory and time",
     )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
+        "the credits of the first inner step are a quarter off",
+    )
 
 
 class AttributionConfig(Section):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, metagradient
+from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, dual_forms, metagradient
 from dpg_cli.engine import head as head_module
 from dpg_cli.engine import tape as tape_module
 from dpg_cli.engine.dual import fused_activations
@@ -136,7 +136,8 @@ def test_unusual_heads_take_the_plain_path() -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_have_right_first_and_second_derivatives(name: str) -> None:
+def test_activations_have_right_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual_forms, "BLOCK", 10_000)
     plain = {
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),

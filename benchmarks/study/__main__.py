@@ -47,6 +47,7 @@ def main() -> None:
         parser.error(f"unknown experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}")
     store = Store(QUICK if options.quick else FULL)
     jobs = [(name, cell) for name in names for cell in EXPERIMENTS[name].cells(options.quick)]
+    jobs.sort(key=lambda job: job[1]["seed"])  # what is interrupted has some seeds of everything
     missing = [(name, cell) for name, cell in jobs if key_of(cell) not in store.done(name)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} cells are there", flush=True)
     run(store, missing, options.workers, options.minutes)

@@ -36,7 +36,9 @@ from dpg_cli.tiny import world
 
 NAME = "lds"
 PANELS = 2
-CAPTION = "Left: predicted and real change of the metric over random halves of the data. Right: what removal does"
+CAPTION = (
+    "Left: predicted and real change of the metric when a random tenth of the data is dropped. Right: what removal does"
+)
 EXAMPLES = 128
 DOCUMENTS = 32
 SEEDS = (0, 1, 2, 3)
@@ -216,13 +218,19 @@ def figure(rows: list[dict[str, Any]], axes: Axes) -> None:
             [row["predicted"] for row in chosen], [row["weights"] for row in chosen], s=6, label=f"seed {seed}"
         )
     axes[0].axline((0, 0), slope=1, color="k", linewidth=0.7)
+    axes[0].locator_params(nbins=4)
     axes[0].set_xlabel("predicted change of Φ")
     axes[0].set_ylabel("real change of Φ (a tenth dropped)")
     axes[0].legend(fontsize=8)
     for kind in ("helpful", "random", "harmful"):
         points = [interval([row["weights"] for row in pick(smooth, kind=kind, dropped=k)]) for k in REMOVED]
         axes[1].errorbar(
-            REMOVED, [p.mean for p in points], [p.half for p in points], marker="o", markersize=3, label=f"most {kind}"
+            REMOVED,
+            [p.mean for p in points],
+            [p.half for p in points],
+            marker="o",
+            markersize=3,
+            label=kind if kind == "random" else f"most {kind}",
         )
     axes[1].set_xlabel("examples removed of 128")
     axes[1].set_ylabel("change of Φ")

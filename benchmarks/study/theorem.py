@@ -152,7 +152,7 @@ def gradients(world: Toy, optimizer: OptimizerSpec, n: int, steps: int = 1) -> d
     for counts_T_Y, chance in datasets(world, n, steps):
         value, tau_T_Y, label_T_V = attributed(world, counts_T_Y, optimizer, labels)
         count = counts_T_Y.double()
-        add("value", chance * torch.tensor([value]))
+        add("value", chance * torch.tensor([value], dtype=torch.float64))
         add("true", chance * value * (count.sum(0) @ world.score_Y_F))
         add("dpg", chance * ((count * tau_T_Y).sum(0) @ world.score_Y_F))
         if n > 1:

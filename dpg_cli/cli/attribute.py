@@ -46,6 +46,9 @@ def attribute(
     micro_batch: Annotated[
         int, typer.Option(min=0, help="Examples in memory at once; 0 takes about 4,096 tokens.")
     ] = 0,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, or bf16: linear maps in bfloat16, all else in float32.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut examples to so many tokens.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many examples; 0 takes all.")] = 0,
     top: Annotated[int, typer.Option(min=0, help="Rows of the tables.")] = 5,
@@ -77,7 +80,7 @@ def attribute(
         options["file"] = eval_text
     if metric == "text-loss" and not (language or eval_text) and not any("metric." in text for text in overrides or []):
         raise UsageError("There is no held-out text to measure on.", "Give --eval-text or --language.")
-    inner = {"states": memory, "max_length": max_length}
+    inner = {"states": memory, "max_length": max_length, "precision": precision}
     flags = {
         "seed": seed,
         "device": device,
@@ -171,6 +174,8 @@ def _show(result: Attribution, out: Path) -> None:
     console.print(f"Metric: {result.metric}. Φ {result.value_before:.4f} -> {result.value:.4f} ({measures}).")
     if result.cut:
         console.print(f"{result.cut:,} examples were cut to the longest length.")
+    if result.precision_error is not None:
+        console.print(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
     memory = "" if result.peak_memory_mb is None else f", {result.peak_memory_mb:,.0f} MB at the peak"
     console.print(
         f"{result.examples:,} examples in {result.inner_steps:,} steps, {result.seconds:.0f} s{memory}. Scores: {out}"

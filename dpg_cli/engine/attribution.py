@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.metagrad import inner_run, metagradient, refuse_divergence
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.product import Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.tape import Memory
@@ -64,13 +65,14 @@ class AttributionSpec:
 @dataclass(frozen=True)
 class InnerSettings:
     """The inner run that every attribution shares: optimiser, B, the loss's normaliser, rows in memory at once, states
-    kept, and the processes that share the work."""
+    kept, precision, and the processes that share the work."""
 
     optimizer: OptimizerSpec
     batch_size: int
     normalization: Normalization = "token"
     micro_batch: int = 0
     memory: Memory = "keep"
+    precision: Precision = "float32"
     ranks: Ranks = ALONE
 
 
@@ -119,7 +121,9 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     model.eval()
     try:
         space, width = ParameterSpace(model), examples.ids_N_S.shape[1]
-        run = TargetRun(model, space, inner.normalization, width, inner.micro_batch, ranks=inner.ranks)
+        run = TargetRun(
+            model, space, inner.normalization, width, inner.micro_batch, precision=inner.precision, ranks=inner.ranks
+        )
         theta = run.space.read(model)
         with torch.enable_grad():
             trace = inner_run(
@@ -233,6 +237,7 @@ def _metagradient(
         micro_batch=inner.micro_batch,
         labels=labels,
         memory=inner.memory,
+        precision=inner.precision,
         ranks=inner.ranks,
     )
 

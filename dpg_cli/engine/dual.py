@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from dpg_cli.engine.dual_forms import Activation, Attention, LayerNorm, Linear, Softmax
+from dpg_cli.engine.product import Precision
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,20 +98,22 @@ def _parts(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return primal, tangent
 
 
-def dual_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def dual_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: Precision = "float32") -> Tensor:
     """`torch.nn.functional.linear` on dual tensors."""
     if weight.ndim != 2:
         raise NotImplementedError(f"a linear map with a weight of {weight.ndim} axes has no dual form here")
-    return forward_ad.make_dual(*Linear.apply(*_parts(x), *_parts(weight), *_parts(bias)))
+    return forward_ad.make_dual(*Linear.apply(*_parts(x), *_parts(weight), *_parts(bias), precision))
 
 
-def dual_addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def dual_addmm(
+    bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1, precision: Precision = "float32"
+) -> Tensor:
     """`torch.addmm` on dual tensors: what GPT-2 calls its linear maps by."""
     if beta != 1 or alpha != 1 or bias.ndim != 1:
         return torch.addmm(bias, x, weight, beta=beta, alpha=alpha)
     primal, tangent = forward_ad.unpack_dual(weight)
     turned = primal.mT, None if tangent is None else tangent.mT
-    return forward_ad.make_dual(*Linear.apply(*_parts(x), *turned, *_parts(bias)))
+    return forward_ad.make_dual(*Linear.apply(*_parts(x), *turned, *_parts(bias), precision))
 
 
 def dual_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -137,13 +140,23 @@ _REPLACED: dict[Any, Any] = {
 
 
 class DualMode(TorchFunctionMode):
-    """Within this context, the calls of `_REPLACED` work on dual tensors, with a right reverse."""
+    """Within this context, the calls of `_REPLACED` work on dual tensors, with a right reverse.
+
+    Args:
+        precision: of the linear maps, see `product.py`.
+    """
+
+    def __init__(self, precision: Precision = "float32") -> None:
+        super().__init__()
+        self.precision = precision
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.softmax:
             kwargs.pop("_stacklevel", None)
             return dual_softmax(*args, **kwargs)
+        if func in (torch.nn.functional.linear, torch.addmm):
+            kwargs["precision"] = self.precision
         return _REPLACED.get(func, func)(*args, **kwargs)
 
 

@@ -24,19 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpg_cli.engine.optim import BLOCK
+from dpg_cli.engine.product import Precision, plus_times, times
+
 MaybeTensor = Tensor | None
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """All axes but the last as one."""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _plus_product(total: MaybeTensor, left: MaybeTensor, right: MaybeTensor) -> MaybeTensor:
-    """total + left @ right, in place where there is a total; None stands for zero."""
-    if left is None or right is None:
-        return total
-    return left @ right if total is None else total.addmm_(left, right)
 
 
 class Linear(torch.autograd.Function):
@@ -51,26 +47,20 @@ class Linear(torch.autograd.Function):
         weight_t: MaybeTensor,
         bias: MaybeTensor,
         bias_t: MaybeTensor,
+        precision: Precision = "float32",
     ) -> tuple[Tensor, Tensor]:
         shape = (*x.shape[:-1], weight.shape[0])
         flat, flat_t = _rows(x), None if x_t is None else _rows(x_t)
         ctx.save_for_backward(flat, flat_t, weight, weight_t)
         ctx.set_materialize_grads(False)
-        ctx.shape = x.shape
-        out = flat @ weight.mT if bias is None else torch.addmm(bias, flat, weight.mT)
-        out_t = None
+        ctx.shape, ctx.precision = x.shape, precision
+        out = times(flat, weight.mT, precision)
+        if bias is not None:
+            out.add_(bias)
+        out_t = plus_times(None, flat_t, weight.mT, precision)
+        out_t = plus_times(out_t, flat, None if weight_t is None else weight_t.mT, precision)
         if bias_t is not None:
-            first = weight_t if flat_t is None else weight
-            left = flat if flat_t is None else flat_t
-            if first is not None:
-                out_t = torch.addmm(bias_t, left, first.mT)
-                if flat_t is not None and weight_t is not None:
-                    out_t.addmm_(flat, weight_t.mT)
-            else:
-                out_t = bias_t.expand(out.shape).clone()
-        else:
-            out_t = _plus_product(None, flat_t, weight.mT)
-            out_t = _plus_product(out_t, flat, None if weight_t is None else weight_t.mT)
+            out_t = bias_t.expand(out.shape).clone() if out_t is None else out_t.add_(bias_t)
         out_t = torch.zeros_like(out) if out_t is None else out_t
         return out.view(shape), out_t.view(shape)
 
@@ -78,21 +68,22 @@ class Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out_bar: MaybeTensor, out_t_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         x, x_t, weight, weight_t = ctx.saved_tensors
-        need_x, need_x_t, need_weight, _, need_bias, _ = ctx.needs_input_grad
+        need_x, need_x_t, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         bar = None if out_bar is None else _rows(out_bar)
         bar_t = None if out_t_bar is None else _rows(out_t_bar)
         x_bar = x_t_bar = weight_bar = None
+        kind = ctx.precision
         if need_x:
-            x_bar = _plus_product(_plus_product(None, bar, weight), bar_t, weight_t)
+            x_bar = plus_times(plus_times(None, bar, weight, kind), bar_t, weight_t, kind)
         if need_x_t and bar_t is not None:
-            x_t_bar = bar_t @ weight
+            x_t_bar = times(bar_t, weight, kind)
         if need_weight:
             if weight.stride(-1) == 1 or weight.shape[-1] == 1:
-                weight_bar = _plus_product(
-                    _plus_product(None, None if bar is None else bar.mT, x), None if bar_t is None else bar_t.mT, x_t
-                )
+                first = plus_times(None, None if bar is None else bar.mT, x, kind)
+                weight_bar = plus_times(first, None if bar_t is None else bar_t.mT, x_t, kind)
             else:  # W is a transposed view: make the adjoint in the layout of what it is a view of
-                weight_bar = _plus_product(_plus_product(None, x.mT, bar), None if x_t is None else x_t.mT, bar_t)
+                first = plus_times(None, x.mT, bar, kind)
+                weight_bar = plus_times(first, None if x_t is None else x_t.mT, bar_t, kind)
                 weight_bar = None if weight_bar is None else weight_bar.mT
         bias_bar = bar.sum(0) if need_bias and bar is not None else None
         return (
@@ -101,6 +92,7 @@ class Linear(torch.autograd.Function):
             weight_bar,
             None,
             bias_bar,
+            None,
             None,
         )
 
@@ -224,9 +216,9 @@ class LayerNorm(torch.autograd.Function):
 
 
 def _blockwise(function: Any, outs: tuple[Tensor, ...], ins: tuple[Tensor, ...]) -> None:
-    """outs = function(*ins), elementwise on contiguous tensors, in blocks that fit a core's cache on the CPU."""
+    """outs = function(*ins), elementwise on contiguous tensors, in blocks on the CPU (see `optim.BLOCK`)."""
     first = outs[0]
-    size = 32768 * torch.get_num_threads() if first.device.type == "cpu" else max(1, first.numel())
+    size = BLOCK * torch.get_num_threads() if first.device.type == "cpu" else max(1, first.numel())
     blocks = zip(*(tensor.view(-1).split(size) for tensor in (*outs, *ins)), strict=True)
     for parts in blocks:
         function(*parts)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpg_cli.engine.product import plus_times, times
+
 CHUNK = 1 << 22  # logits at a time; 16 MB in float32, which still makes large matrix products
 
 _TOUCHED_LOGITS = (
@@ -108,7 +110,8 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return hidden @ weight.mT if bias is None else torch.addmm(bias, hidden, weight.mT)
+    logits = times(hidden, weight.mT)
+    return logits if bias is None else logits.add_(bias)
 
 
 @torch.no_grad()
@@ -146,7 +149,7 @@ def first_order(
         total += float((losses * factors).sum())
         del logits
         error = probs.scatter_add_(-1, labels, -torch.ones_like(factors))
-        torch.mm(error, weight, out=hidden_bar[part]).mul_(factors)
+        hidden_bar[part] = times(error, weight).mul_(factors)
         if weight_into is not None:
             weight_into.addmm_(error.mT, hidden * factors)
         if bias_into is not None:
@@ -206,7 +209,7 @@ def second_order(
         probs = torch.softmax(_logits(hidden, weight, bias), -1)
         logits_t = _logits(tangent, weight, bias_t)
         if weight_t is not None:
-            logits_t.addmm_(hidden, weight_t.mT)
+            plus_times(logits_t, hidden, weight_t.mT)
         weighted = probs * logits_t
         mean = weighted.sum(-1, keepdim=True)
         token[part] = (mean - logits_t.gather(-1, labels))[:, 0] * mask_M[part]
@@ -218,11 +221,11 @@ def second_order(
         factors = factors[:, None]
         second = weighted.addcmul_(probs, mean, value=-1)
         error = probs.scatter_add_(-1, labels, -torch.ones_like(factors))
-        out = torch.mm(second, weight, out=hidden_bar[part])
+        out = times(second, weight)
         if weight_t is not None:
-            out.addmm_(error, weight_t)
-        out.mul_(factors)
-        torch.mm(error, weight, out=tangent_bar[part]).mul_(factors)
+            plus_times(out, error, weight_t)
+        hidden_bar[part] = out.mul_(factors)
+        tangent_bar[part] = times(error, weight).mul_(factors)
         if weight_into is not None:
             weight_into.addmm_(second.mT, hidden * factors).addmm_(error.mT, tangent * factors)
         if bias_into is not None:

@@ -21,6 +21,7 @@ from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
 from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, policy_step
+from dpg_cli.engine.product import Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.engine.rollout import Sampling, sample
@@ -45,6 +46,7 @@ class LoopSpec:
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         states: which states of the inner run are kept, see `tape.py`.
+        precision: of the target's linear maps, see `product.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
         attribution: metagradient, or a control.
@@ -63,6 +65,7 @@ class LoopSpec:
     lr_warmup: int = 0
     lr_decay: float = 0.0
     states: Memory = "keep"
+    precision: Precision = "float32"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
 
@@ -123,7 +126,13 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
         players.metric,
         spec.attribution,
         InnerSettings(
-            spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch, spec.states, players.ranks
+            spec.optimizer,
+            spec.inner_batch,
+            spec.normalization,
+            spec.micro_batch,
+            spec.states,
+            spec.precision,
+            players.ranks,
         ),
         group_size=rollout.group_size,
         labels=spec.credit == "expected",

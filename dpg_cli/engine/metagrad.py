@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.detect import regime
 from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, no_vector, update
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.product import Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.tape import KeepTape, Memory, OriginTape, Tape, make_tape
@@ -33,6 +34,7 @@ from dpg_cli.metrics.base import TargetMetric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 Progress = Callable[[str, int, int], None]  # phase, done, total
+WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
 SAMPLE = 1 << 20  # gradient entries that the median is taken of
 
 
@@ -175,6 +177,7 @@ def metagradient(
     micro_batch: int = 0,
     labels: bool = False,
     memory: Memory = "keep",
+    precision: Precision = "float32",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Metagradient:
@@ -192,6 +195,8 @@ def metagradient(
         labels: also return the credit of every label, (N, S, V) numbers.
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
             accelerator: into host memory). Changes time and memory, not the result.
+        precision: "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has `precision_error`, the
+            relative error of the token credits at the first inner step.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
 
@@ -209,7 +214,13 @@ def metagradient(
     model.eval()
     try:
         run = TargetRun(
-            model, ParameterSpace(model), normalization, examples.ids_N_S.shape[1], micro_batch, ranks=ranks
+            model,
+            ParameterSpace(model),
+            normalization,
+            examples.ids_N_S.shape[1],
+            micro_batch,
+            precision=precision,
+            ranks=ranks,
         )
         read = partial(run.space.read, model)
         like = next(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -236,6 +247,38 @@ def metagradient(
         )
     finally:
         model.train(training)
+
+
+def exact_first_credits(
+    run: TargetRun, spec: OptimizerSpec, bar: State, before: State, batch: Examples, weights_B: Tensor
+) -> Tensor:
+    """Token credits of the first inner step in float32, its gradient and adjoint included: with a small ε the update is
+    nearly sign(g), and the rounding of g, harmless to the training, changes the derivative most.
+
+    Args:
+        bar: the adjoints of the state after the first step.
+        before: the state before it.
+    """
+    exact = replace(run, precision="float32")
+    grad, _ = loss_gradient(exact, before.theta, batch, weights_B)
+    direction, _ = adjoint(spec, bar, before, grad, 0, first=True)
+    return dual_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
+
+
+def precision_error(token_B_S: Tensor, exact_B_S: Tensor) -> float:
+    """Relative error of token credits.
+
+    Raises:
+        DegenerateError: if it is more than `WORST_PRECISION`.
+    """
+    size = float(exact_B_S.norm())
+    error = float((token_B_S - exact_B_S).norm()) / size if size else 0.0
+    if not error <= WORST_PRECISION:
+        raise DegenerateError(
+            f"In bf16 the credits of the first inner step are {error:.0%} off those of float32: they mean little.",
+            "Set inner.precision = 'float32', or raise inner.eps.",
+        )
+    return error
 
 
 def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
@@ -294,10 +337,15 @@ def reverse(
     bar = State(theta_bar, nothing, nothing)
     del theta_bar
     stats: dict[str, float] = {}
+    exact: Tensor | None = None
     for number in reversed(range(total)):
         before, grad = trace.tape.pop()
         if number == 0:
             stats = regime(optimizer, grad, bar.theta)
+            if run.precision != "float32":
+                rows = slice(*trace.batches[0])
+                batch = examples.rows(rows.start, rows.stop)
+                exact = exact_first_credits(run, optimizer, bar, before, batch, weights_N[rows])
         grad_bar, bar = adjoint(optimizer, bar, before, grad, number, consume=True, first=number == 0)
         theta = before.theta
         del before, grad
@@ -315,6 +363,8 @@ def reverse(
             hvp_into=bar.theta if number else None,
         )
         tokens[rows, :width] = dual.token_B_S
+        if exact is not None:
+            stats["precision_error"] = precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact)))
         if dual.label_B_S_V is not None and dual.label_B_S_V.shape[:2] == tokens.shape:
             every = dual.label_B_S_V
         elif dual.label_B_S_V is not None:

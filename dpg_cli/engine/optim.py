@@ -6,8 +6,8 @@ SGD:    b' = μ b + (g + λ θ)        θ' = θ - lr b'        (as `torch.optim.
 
 With ε_root = 0 both are `torch.optim.AdamW` and `torch.optim.SGD`.
 
-Both passes walk the flat vectors in blocks that fit a core's cache, so that each vector is read and written once however
-many elementwise operations there are, and temporaries stay of a block's size.
+Both passes walk the flat vectors in blocks that stay in the shared cache, so that each vector is read and written once
+however many elementwise operations there are, and temporaries stay of a block's size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 18  # elements a thread and block on the CPU; far smaller ones cost more in waking threads than they save
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def _writable(*candidates: Tensor) -> Tensor:
 
 
 def _blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal-length vectors in blocks: of 32,768 elements a thread on the CPU, whole elsewhere."""
-    size = 32768 * torch.get_num_threads() if vectors[0].device.type == "cpu" else max(1, len(vectors[0]))
+    """Equal-length vectors in blocks: of `BLOCK` elements a thread on the CPU, whole elsewhere."""
+    size = BLOCK * torch.get_num_threads() if vectors[0].device.type == "cpu" else max(1, len(vectors[0]))
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from dpg_cli.engine.dual import DualMode, fused_activations
 from dpg_cli.engine.head import Head, find_head, first_order, second_order
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.product import Precision, first_order_mode
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples
 
@@ -39,6 +40,7 @@ class TargetRun:
         length: sequence length of the examples, pads included; used by "example" alone.
         micro_batch: rows in memory at once; 0 takes about 4,096 tokens on the CPU, and all rows elsewhere.
         closed_head: take the LM head by closed forms where it is a standard one.
+        precision: of the backbone's linear maps, see `product.py`.
         ranks: the processes that share the batches.
         head: that head, or None.
     """
@@ -49,6 +51,7 @@ class TargetRun:
     length: int = 1
     micro_batch: int = 0
     closed_head: bool = True
+    precision: Precision = "float32"
     ranks: Ranks = ALONE
     head: Head | None = field(init=False, repr=False)
 
@@ -153,7 +156,7 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
                 loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale)
                 continue
             tokens = Labelled.of(piece, weights_B[rows], scale)
-            with torch.enable_grad():
+            with torch.enable_grad(), first_order_mode(run.precision):
                 hidden = hidden_of(run.head, leaves, piece)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
@@ -171,7 +174,7 @@ def _plain_gradient(
     run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float
 ) -> float:
     """The same through the model's own logits."""
-    with torch.enable_grad():
+    with torch.enable_grad(), first_order_mode(run.precision):
         logits = logits_of(run.model, leaves, piece)
         labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
@@ -234,7 +237,12 @@ def dual_pass(
     leaves, tangents = run.leaves(theta, hvp), run.space.views(direction)
     head = run.head
     for rows, piece in run.pieces(batch):
-        with torch.set_grad_enabled(need_hvp), forward_ad.dual_level(), DualMode(), fused_activations(run.model):
+        with (
+            torch.set_grad_enabled(need_hvp),
+            forward_ad.dual_level(),
+            DualMode(run.precision),
+            fused_activations(run.model),
+        ):
             duals = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
             output = logits_of(run.model, duals, piece) if head is None else hidden_of(head, duals, piece)
             primal, tangent = forward_ad.unpack_dual(output)

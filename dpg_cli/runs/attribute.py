@@ -66,6 +66,7 @@ class Attribution:
         measures: readable measures after it.
         examples, inner_steps: N and T.
         cut: examples that were cut to the longest length.
+        precision_error: relative error of the first step's token scores in bf16, None in float32.
         gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
         helpful, harmful: the examples with the highest and the lowest scores.
         seconds, peak_memory_mb: of the process.
@@ -79,6 +80,7 @@ class Attribution:
     inner_steps: int
     cut: int
     gradient_median: float
+    precision_error: float | None
     seconds: float
     peak_memory_mb: float | None
     helpful: list[Ranked] = field(repr=False)
@@ -190,6 +192,7 @@ def attribute(
             normalization=inner.normalization,
             micro_batch=rows,
             memory=inner.states,
+            precision=inner.precision,
             progress=on_progress,
         )  # fmt: skip
     back = torch.argsort(order)
@@ -217,6 +220,7 @@ def attribute(
         inner_steps=steps,
         cut=cut,
         gradient_median=result.gradient_median,
+        precision_error=result.stats.get("precision_error"),
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(),
         helpful=ranked(ranking[:top]),

@@ -219,6 +219,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
         states=inner.states,
+        precision=inner.precision,
         max_length=inner.max_length,
         attribution=attribution_spec(config),
     )

@@ -1,0 +1,117 @@
+"""Matrix products of the engine: which library multiplies, and in which precision.
+
+MKL, which PyTorch takes for float32 on x86, runs far below the peak of processors that Intel did not make; oneDNN, which
+PyTorch also carries, does not. Which one multiplies follows from the processor alone, never from a timing, so that a
+resumed run repeats the same bytes. docs/performance.md has figures.
+
+Mixed precision ("bf16"): the operands of the backbone's linear maps are rounded to bfloat16; their sums, and all else
+(states, gradients, adjoints, norms, attention, softmax, LM head and cross-entropy), stay float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+Precision = Literal["float32", "bf16"]
+SMALLEST = 1 << 20  # multiplications below which the choice of library does not matter
+
+
+@cache
+def prefer_onednn() -> bool:
+    """Whether oneDNN multiplies float32 on this processor: it is there, and Intel did not make the processor."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:400]
+    except OSError:
+        return False
+
+
+def _suits_onednn(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.is_contiguous()
+        and 1 in right.stride()
+        and left.numel() * right.shape[1] >= SMALLEST
+        and prefer_onednn()
+    )
+
+
+def times(left: Tensor, right: Tensor, precision: Precision = "float32") -> Tensor:
+    """left (M, K) times right (K, N); not for autograd to look into."""
+    if precision == "bf16":
+        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
+    if _suits_onednn(left, right):
+        return torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
+    return left @ right
+
+
+def plus_times(
+    total: Tensor | None, left: Tensor | None, right: Tensor | None, precision: Precision = "float32"
+) -> Tensor | None:
+    """total + left @ right, in place where it can be; None stands for zero."""
+    if left is None or right is None:
+        return total
+    if total is None:
+        return times(left, right, precision)
+    if precision == "bf16" or _suits_onednn(left, right):
+        return total.add_(times(left, right, precision))
+    return total.addmm_(left, right)
+
+
+class PlainLinear(torch.autograd.Function):
+    """(X, W (out, in), b) -> X Wᵀ + b by `times`, for first-order passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(flat, weight)
+        ctx.shape, ctx.precision = x.shape, precision
+        out = times(flat, weight.mT, precision)
+        if bias is not None:
+            out.add_(bias)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = bar.reshape(-1, bar.shape[-1])
+        x_bar = times(flat, weight, ctx.precision).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        weight_bar = None
+        if ctx.needs_input_grad[1]:
+            if weight.stride(-1) == 1 or weight.shape[-1] == 1:
+                weight_bar = times(flat.mT, x, ctx.precision)
+            else:  # W is a transposed view: make the adjoint in the layout of what it is a view of
+                weight_bar = times(x.mT, flat, ctx.precision).mT
+        return x_bar, weight_bar, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+class PlainMode(TorchFunctionMode):
+    """Within this context linear maps are `PlainLinear`."""
+
+    def __init__(self, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear and not kwargs and args[1].ndim == 2:
+            return PlainLinear.apply(args[0], args[1], args[2] if len(args) > 2 else None, self.precision)
+        if func is torch.addmm and not kwargs and len(args) == 3 and args[0].ndim == 1:
+            return PlainLinear.apply(args[1], args[2].mT, args[0], self.precision)
+        return func(*args, **kwargs)
+
+
+def first_order_mode(precision: Precision) -> AbstractContextManager[Any]:
+    """The context of a first-order pass."""
+    return PlainMode(precision) if precision == "bf16" or prefer_onednn() else nullcontext()
