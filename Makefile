@@ -8,7 +8,7 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test lint bench model clean
+.PHONY: help setup demo test lint bench study docs model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -42,6 +42,13 @@ bench: $(STAMP)  ## time and memory of the metagradient, sampling, shares of a s
 	$(BIN)/python benchmarks/metagradient.py $(if $(BERGSON),--bergson $(BERGSON))
 	$(BIN)/python benchmarks/memory.py --repeats 1
 	$(BIN)/python benchmarks/rollout.py
+
+study: $(STAMP)  ## the study behind docs/results.md; goes on where it was (QUICK=1: a few minutes, into build/study-quick)
+	$(BIN)/python -m benchmarks.study $(if $(QUICK),--quick)
+
+docs: $(STAMP)  ## the references made anew, and the site into build/site
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 model: $(STAMP)  ## make the embedded model anew (five to eight minutes)
 	$(BIN)/python -m dpg_cli.tiny.pretrain

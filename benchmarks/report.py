@@ -6,9 +6,16 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # a script finds only what lies beside it
+
+from benchmarks import readme_claims  # noqa: E402
+from benchmarks.study.pages import draw, sections  # noqa: E402
+from benchmarks.study.store import Store  # noqa: E402
+
 PAGE = HERE.parent / "docs" / "results.md"
 
 HEAD = """# Results
@@ -146,9 +153,16 @@ def controls() -> str:
 
 
 def main() -> None:
-    """Write the page."""
-    sections = [HEAD, qr_embed(), tasks(), controls()]
-    PAGE.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    """Write the page and the study's figures."""
+    study = Store(HERE / "results" / "study")
+    draw(study, PAGE.parent / "figures")
+    PAGE.write_text(page(study), encoding="utf-8")
+
+
+def page(study: Store) -> str:
+    """The whole page from the raw results."""
+    every = [HEAD, qr_embed(), tasks(), controls(), *sections(study, "figures"), readme_claims.section()]
+    return "\n".join(section for section in every if section)
 
 
 if __name__ == "__main__":

@@ -272,9 +272,21 @@ class PolicyConfig(Section):
     clip: Positive = Field(0.2, description="ratio clipping range of PPO/GRPO")
     epochs: PositiveInt = 1
     minibatch: PositiveInt = Field(256, description="completions a policy-optimiser step")
+    micro_batch: Count = Field(
+        0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
+    )
     kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
     warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
+
+
+class TrlConfig(Section):
+    """What only `trainer = "trl"` reads."""
+
+    vllm: Literal["off", "colocate", "server"] = Field(
+        "off", description="rollouts by vLLM through TRL: on the GPUs that train, or on a server; extra `vllm`"
+    )
+    gradient_checkpointing: bool = Field(False, description="of the generator: less memory, about a third more time")
 
 
 class DatasetConfig(Section):
@@ -303,6 +315,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: PositiveInt = Field(100, description="outer steps")
     device: str = "auto"
+    trainer: Literal["dpg", "trl"] = Field(
+        "dpg", description="who trains the generator: dpg's own loop, or TRL's GRPOTrainer"
+    )
     models: ModelsConfig = ModelsConfig()
     metric: MetricOptions = PatternOptions()
     prompts: PromptsConfig = PromptsConfig()
@@ -311,6 +326,7 @@ class Config(Section):
     attribution: AttributionConfig = AttributionConfig()
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()
+    trl: TrlConfig = TrlConfig()
     dataset: DatasetConfig = DatasetConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -369,6 +385,11 @@ class Config(Section):
             raise ValueError(
                 'models.redraw_target: needs models.target_init = "random" and a text-loss metric; the others compare with '
                 "the weights of one target"
+            )
+        if self.trainer == "trl" and (self.credit.mode != "sequence" or self.models.redraw_target):
+            raise ValueError(
+                "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
+                "models.redraw_target = false, or trainer = 'dpg'"
             )
         if self.rollout.min_tokens > self.rollout.max_tokens:
             raise ValueError(

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from builders import HeldOutLoss, make_examples, make_target
 
 from dpg_cli.cli import main as dpg
@@ -29,6 +31,8 @@ from dpg_cli.engine.credit import assign
 from dpg_cli.engine.policy import PolicySpec, policy_step
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.rollout import Sampling, sample
+from dpg_cli.errors import InterruptedRunError
+from dpg_cli.integrations import trl as reward
 from dpg_cli.models import load_generator
 from dpg_cli.presets import find, resolve
 from dpg_cli.runs.assist import assist
@@ -46,6 +50,12 @@ KILLED = [
     "run", "pattern-67", "--set", "steps=2000", "--set", "checkpoint.every_steps=1", "--set", "prompts.per_step=8",
     "--set", "inner.batch_size=8", "--set", "dataset.examples=8", "--set", "rollout.max_tokens=8", "--set",
     "rollout.min_tokens=8", "--resume",
+]  # fmt: skip
+
+BY_TRL = [
+    "steps=16", 'metric.rows=["##.#",".#.#"]', "prompts.per_step=16", "rollout.group_size=8", "rollout.max_tokens=4",
+    "rollout.min_tokens=4", "policy.minibatch=64", "policy.lr=0.01", "inner.batch_size=128", "dataset.examples=16",
+    "dataset.control=false", 'trainer="trl"', 'credit.mode="sequence"',
 ]  # fmt: skip
 
 
@@ -121,7 +131,7 @@ def generation(ranks: Ranks) -> dict[str, Any]:
     labels = token[..., None] * torch.linspace(0, 3, generator.head.shape[0], dtype=torch.float64).cos()
     credit = assign("expected", token, labels, rollout.mask_N_K, 2)
     optimizer = torch.optim.AdamW(generator.model.parameters(), lr=1e-3)
-    spec = PolicySpec(kl=0.1, epochs=2, minibatch=4, max_grad_norm=0.5)
+    spec = PolicySpec(kl=0.1, epochs=2, minibatch=4, micro_batch=1 if ranks.world > 1 else 0, max_grad_norm=0.5)
     order = torch.Generator().manual_seed(2)
     stats = policy_step(generator.model, optimizer, rollout, credit, spec, order, reference, ranks)
     return {
@@ -213,7 +223,53 @@ def kill(out: Path) -> None:
     sys.stdout.write(json.dumps(figures))
 
 
+def by_trl(ranks: Ranks, folder: Path, *, shuffled: bool = False, resume: bool = False, stop_after: int = 0) -> None:
+    """One run by TRL; shuffled rewards are those of other completions, the same on every rank."""
+    config, stop = resolve(find("pattern-67.tiny").data(), BY_TRL), StopRequest()
+    if shuffled:
+        plain, order = reward.unit_spread, torch.Generator().manual_seed(0)
+        reward.unit_spread = lambda values: plain(values)[torch.randperm(len(values), generator=order)]
+
+    def on_step(report: Any) -> None:
+        stop.asked = report.step + 1 == stop_after
+
+    try:
+        if ranks.first:
+            execute(config, RunFolder(folder), ranks=ranks, on_step=on_step, stop=stop, resume=resume)
+        else:
+            assist(config, str(folder), ranks, stop)
+    except InterruptedRunError:
+        assert stop_after
+
+
+def trl(out: Path) -> None:
+    """Runs by one and two processes, with and without shuffled rewards; one that two begin and one goes on with."""
+
+    def share(rank: int, size: int, port: int, options: dict[str, Any], folder: Path) -> None:
+        if size > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+            PartialState(cpu=True)
+        by_trl(Ranks.joined(), folder, **options)
+
+    for size, options, name in (
+        (1, {}, "one"),
+        (1, {"shuffled": True}, "one-shuffled"),
+        (2, {}, "two"),
+        (2, {"shuffled": True}, "two-shuffled"),
+        (2, {"stop_after": 5}, "resumed"),
+        (1, {"resume": True}, "resumed"),
+    ):
+        port = free_port()
+        acts = [partial(share, rank, size, port, options, out / name) for rank in range(size)]
+        children = [forked(act, out / "log") for act in acts]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            raise SystemExit(f"{name} ended with {codes}: {(out / 'log').read_text()[-4000:]}")
+
+
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    {"engine": engine, "kill": kill}[sys.argv[1]](Path(sys.argv[2]))
+    {"engine": engine, "kill": kill, "trl": trl}[sys.argv[1]](Path(sys.argv[2]))

@@ -92,10 +92,17 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and training.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help="dpg, or trl: TRL's GRPOTrainer with the metagradient as reward (sequence credit)."),
+    ] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sizes and cost; run nothing.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="With --dry-run: predict for so many processes.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if any.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
@@ -122,15 +129,15 @@ def run(
         if not dry_run:
             _run(settings, out, resume, as_json, metric, trackers, ranks)
         elif ranks.first:
-            _dry_run(settings, as_json, metric)
+            _dry_run(settings, as_json, metric, processes or ranks.world)
 
 
-def _dry_run(config: Config, as_json: bool, named_metric: str | None) -> None:
+def _dry_run(config: Config, as_json: bool, named_metric: str | None, processes: int) -> None:
     """Print settings, sizes, and the predicted cost."""
     from dpg_cli.config import settle, to_toml
     from dpg_cli.runs.cost import estimate
 
-    cost = estimate(settle(config), named_metric)
+    cost = estimate(settle(config), named_metric, processes)
     if as_json:
         typer.echo(json.dumps({"config": config.model_dump(mode="json"), "cost": cost.as_dict()}, indent=2))
         return

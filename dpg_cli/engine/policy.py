@@ -28,6 +28,7 @@ class PolicySpec:
         kl: β, coefficient of the KL to the starting generator.
         epochs: passes over the rollout.
         minibatch: completions an optimiser step.
+        micro_batch: completions in memory at once; 0 for the whole mini-batch. Changes nothing beyond rounding.
         max_grad_norm: gradient clipping, 0 for none.
     """
 
@@ -36,6 +37,7 @@ class PolicySpec:
     kl: float = 0.0
     epochs: int = 1
     minibatch: int = 256
+    micro_batch: int = 0
     max_grad_norm: float = 1.0
 
 
@@ -129,21 +131,24 @@ def add_gradient(
         index: the mini-batch's rows of the rollout, of all ranks.
     """
     own = index[ranks.shard(len(index))]
-    if not len(own):
-        return {"clipped": 0.0} | ({"kl": 0.0} if spec.kl > 0 else {})
-    part = len(own) < len(rollout)
-    rows = rollout.rows(own) if part else rollout
-    reference_logprobs = None
-    if spec.kl > 0:
-        if reference is None:
-            raise ValueError("a KL coefficient needs the starting generator as reference")
-        with torch.no_grad():
-            reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
     whole = len(index), int(rollout.mask_N_K[index].sum())
-    logits = completion_logits(model, rows)
-    loss, stats = policy_loss(logits, rows, credit, spec, reference_logprobs, own if part else None, whole)
-    loss.backward()
-    return stats
+    sums = {"clipped": 0.0} | ({"kl": 0.0} if spec.kl > 0 else {})
+    for piece in own.split(spec.micro_batch or max(1, len(own))):
+        if not len(piece):  # a rank without rows
+            break
+        part = len(piece) < len(rollout)
+        rows = rollout.rows(piece) if part else rollout
+        reference_logprobs = None
+        if spec.kl > 0:
+            if reference is None:
+                raise ValueError("a KL coefficient needs the starting generator as reference")
+            with torch.no_grad():
+                reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
+        logits = completion_logits(model, rows)
+        loss, stats = policy_loss(logits, rows, credit, spec, reference_logprobs, piece if part else None, whole)
+        loss.backward()
+        sums = {name: total + stats[name] for name, total in sums.items()}
+    return sums
 
 
 def policy_step(

@@ -52,10 +52,15 @@ class Ranks:
 
     @classmethod
     def joined(cls, device: torch.device | str = "cpu") -> Ranks:
-        """This process in the default group of `torch.distributed`; `ALONE` where there is none."""
+        """This process in the default group of `torch.distributed`; `ALONE` where there is none.
+
+        Args:
+            device: where the models are; messages are made up there if nccl carries them.
+        """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return ALONE
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        on_device = "nccl" in str(dist.get_backend())
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(device) if on_device else CPU)
 
     @property
     def first(self) -> bool:

@@ -14,7 +14,8 @@ from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.state import follow_first
 from dpg_cli.runs.build import build
-from dpg_cli.runs.execute import StopRequest, stopped, syntheses
+from dpg_cli.runs.checkpoint import Schedule
+from dpg_cli.runs.execute import StopRequest, by_trl, stopped, syntheses
 
 
 def assist(config: Config, folder: str, ranks: Ranks, stop: StopRequest, named_metric: str | None = None) -> None:
@@ -35,14 +36,17 @@ def assist(config: Config, folder: str, ranks: Ranks, stop: StopRequest, named_m
     built = build(config, named_metric, ranks)
 
     def log(report: StepReport) -> None:
-        if ranks.any(stop.asked):
+        if config.trainer == "dpg" and ranks.any(stop.asked):
             raise stopped(report.step + 1, config, Path(folder))
 
     stop.in_step = True
     try:
         begin = ranks.agreed(None)
         follow_first(built.players)
-        train(built.players, built.spec, built.prompts.at, log, begin["first"], begin["earlier"])
+        if config.trainer == "trl":
+            by_trl(config, built, Path(folder), log, stop, Schedule(config.checkpoint), begin["earlier"])
+        else:
+            train(built.players, built.spec, built.prompts.at, log, begin["first"], begin["earlier"])
     finally:
         stop.in_step = False
     for _ in syntheses(config, built):

@@ -57,6 +57,10 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
+    if config.trainer == "trl":
+        from dpg_cli.integrations.grpo import require_trl
+
+        require_trl(config, ranks)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
@@ -208,6 +212,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             kl=policy.kl,
             epochs=policy.epochs,
             minibatch=policy.minibatch,
+            micro_batch=policy.micro_batch,
             max_grad_norm=policy.max_grad_norm,
         ),
         lr=policy.lr,

@@ -1,7 +1,6 @@
-"""What a run will cost, before it runs: sizes, memory and time, from the settings and a short matrix-product timing.
+"""What a run will cost, before it runs: sizes, memory and time, from the settings and two short timings of this device.
 
-Counts (F = one forward pass over an outer step's completions, 2 · parameters · tokens operations; source: DESIGN §2):
-rollout F, inner run 3F, reverse pass 3F at t = 0 (dual forward) and 8F at every other inner step, policy step 3F.
+The counts are those of `scaling.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from dpg_cli.config import Config
 from dpg_cli.errors import one_line
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.render import text_pattern
-from dpg_cli.runs.build import build
-from dpg_cli.runs.memory import BASE_BYTES, Need, check_memory
+from dpg_cli.runs.build import Built, build
+from dpg_cli.runs.memory import BASE_BYTES, check_memory, machine_bytes
+from dpg_cli.runs.scaling import Device, Size, job_of, need_of, predict
 
+PROBED = 64  # prompts whose length is taken
 LARGEST_DRAWN = 100  # rows or columns of a drawing
 EFFICIENCY = 0.23  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
 
@@ -33,8 +34,9 @@ class Cost:
         generator_parameters, target_parameters: sizes.
         completions_per_step, tokens_per_step: N, and N times the longest completion.
         inner_steps: T.
-        flops_per_step: floating-point operations an outer step.
-        memory_mb: peak memory of states, activations and credits.
+        processes: that share the run.
+        flops_per_step: floating-point operations an outer step, of all processes.
+        memory_mb: peak memory of each process: models, states, activations and credits.
         seconds_per_step, seconds: of an outer step and of the run.
     """
 
@@ -45,6 +47,7 @@ class Cost:
     completions_per_step: int
     tokens_per_step: int
     inner_steps: int
+    processes: int
     flops_per_step: float
     memory_mb: float
     seconds_per_step: float
@@ -57,58 +60,38 @@ class Cost:
     def as_text(self) -> str:
         """For people."""
         drawing = "" if self.drawing is None else "".join(f"#   {line}\n" for line in self.drawing.split("\n"))
+        shared = f" for each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"# {one_line(self.effect)}\n{drawing}"
             f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}\n"
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n"
-            f"# estimated: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
+            f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
             f"{self.seconds / 60:.1f} min in all"
         )
 
 
-def estimate(config: Config, named_metric: str | None = None) -> Cost:
+def estimate(config: Config, named_metric: str | None = None, processes: int = 1) -> Cost:
     """Load the models, check every setting against them, and predict the cost.
 
     Args:
         config: the settings.
         named_metric: what the user gave as --metric.
+        processes: that share the run, each with a device like this one.
 
     Raises:
         UsageError: whatever `dpg run` would refuse, and a need of more memory than the machine has.
     """
     built = build(config, named_metric)
     generator, target = built.players.generator, built.players.target
-    tokens = config.examples_per_step * config.rollout.max_tokens
-    steps = config.inner_steps
-    forward_g, forward_t = 2.0 * generator.parameter_count * tokens, 2.0 * target.parameter_count * tokens
-    reverse = (3 + 8 * (steps - 1)) / steps * forward_t
-    method = config.attribution.method
-    if method not in ("metagradient", "sgd"):
-        reverse = 0.0
-    # Φ is read from a run of its own, unless the rewards come from that very run or from the text
-    inner_runs = 1 + (method in ("sgd", "naive") or (method == "metagradient" and config.attribution_runs > 1))
-    flops = (1 + 3) * forward_g + 3 * inner_runs * forward_t + reverse
-    element = 8 if config.models.dtype == "float64" else 4
-    vocabulary, width = generator.head.shape
-    layers = getattr(generator.model.config, "num_hidden_layers", 12)
-    rows = min(config.policy.minibatch, config.examples_per_step)
-    policy = rows * (config.rollout.max_tokens + 1) * (6 * vocabulary + layers * 60 * width)
-    credits = tokens * target.head.shape[0] if config.credit.mode == "expected" else 0
-    always = (4 * generator.parameter_count + credits) * element
-    need = Need.of(
-        target,
-        steps,
-        min(config.inner.micro_batch, config.inner.batch_size, config.examples_per_step),
-        config.rollout.max_tokens + 1,
-        config.inner.states,
-    )
+    job = job_of(config, Size.of(generator), Size.of(target), prompt_tokens(built))
+    predicted = predict(job, this_device(built.device), processes)
+    need = need_of(job, processes)
     # The metagradient and the policy step follow each other: the larger of the two counts.
-    other = always + max(0.0, policy * element - need.bytes)
+    other = predicted.bytes - need.bytes
     check_memory(
         need, built.device, states_flag="--set inner.states=", rows_flag="--set inner.micro_batch=", other=other
     )
-    seconds = flops / (matmul_rate(built.device) * EFFICIENCY)
     metric = built.players.metric
     effect, drawing = metric.describe(), None
     if isinstance(metric, PatternMetric):
@@ -121,13 +104,43 @@ def estimate(config: Config, named_metric: str | None = None) -> Cost:
         generator.parameter_count,
         target.parameter_count,
         config.examples_per_step,
-        tokens,
-        steps,
-        flops,
-        (BASE_BYTES + need.bytes + other) / 1e6,
-        seconds,
-        seconds * config.steps,
+        config.examples_per_step * config.rollout.max_tokens,
+        config.inner_steps,
+        processes,
+        predicted.flops,
+        (BASE_BYTES + predicted.bytes) / 1e6,
+        predicted.seconds,
+        predicted.seconds * config.steps,
     )
+
+
+def prompt_tokens(built: Built) -> int:
+    """Mean tokens of some prompts, as the generator reads them."""
+    texts = list(built.prompts.prompts[:PROBED])
+    form = built.spec.sampling.prompts
+    rows = form.encode(texts) if form is not None else built.players.generator.tokenizer(texts)["input_ids"]
+    return max(1, round(sum(map(len, rows)) / len(rows)))
+
+
+def this_device(device: torch.device) -> Device:
+    """This machine's device, timed for a fifth of a second; the links between several are assumed, not measured."""
+    link = (300e9, 50e9) if device.type == "cuda" else (1e9, 1e9)
+    return Device(
+        str(device), machine_bytes(device), matmul_rate(device), EFFICIENCY, copy_rate(device), *link
+    )  # fmt: skip
+
+
+def copy_rate(device: torch.device, size: int = 1 << 24) -> float:
+    """Bytes a second that a vector's copy reads and writes, timed for about a tenth of a second."""
+    source = torch.zeros(size, device=device)
+    to = torch.empty_like(source)
+    to.copy_(source)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.1:
+        to.copy_(source)
+        float(to[0])
+        count += 1
+    return 2 * source.element_size() * size * count / (time.perf_counter() - started)
 
 
 def matmul_rate(device: torch.device, size: int = 1024) -> float:

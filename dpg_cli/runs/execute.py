@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,6 +173,13 @@ def continued(
     """
     folder.tidy()
     require_same(folder, config)
+    if config.trainer == "trl":
+        from dpg_cli.integrations.grpo import newest_step
+
+        step, _ = newest_step(folder.trl, config)
+        on_stage(f"going on after outer step {step} of {config.steps}" if step else "no checkpoint yet: beginning anew")
+        dropped = folder.rewind_metrics(folder.metrics_size(step))
+        return Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
     checkpoint, faults = newest(folder, config, built)
     for fault in faults:
         on_stage(f"{fault}; the one before it is taken")
@@ -215,6 +222,8 @@ def training(
         folder.append_metrics(report.numbers)
         trackers.log(report.numbers)
         on_step(report)
+        if config.trainer == "trl":
+            return
         asked = built.players.ranks.any(stop.asked)
         if asked or done == config.steps or schedule.due(done):
             schedule.wrote(write(folder, config, built, done))
@@ -227,9 +236,47 @@ def training(
         earlier = folder.read_metrics()[: journal.first_step]
         built.players.ranks.agreed({"first": journal.first_step, "earlier": earlier})
         follow_first(built.players)
-        train(built.players, built.spec, built.prompts.at, log, journal.first_step, earlier)
+        if config.trainer == "trl":
+            by_trl(config, built, folder.path, log, stop, schedule, earlier)
+        else:
+            train(built.players, built.spec, built.prompts.at, log, journal.first_step, earlier)
     finally:
         stop.in_step = False
+
+
+def by_trl(
+    config: Config,
+    built: Built,
+    folder: Path,
+    log: Callable[[StepReport], None],
+    stop: StopRequest,
+    schedule: Schedule,
+    earlier: Sequence[Mapping[str, float]],
+) -> None:
+    """The outer steps by TRL's trainer, on every rank. Its checkpoints are written when ours would be.
+
+    Raises:
+        InterruptedRunError: when it stopped because it was asked to.
+    """
+    from dpg_cli.integrations.grpo import train as train_by_trl
+
+    ranks = built.players.ranks
+    asked_at = 0
+
+    def due(done: int) -> bool:
+        nonlocal asked_at
+        asked_at = done if ranks.any(stop.asked) else 0
+        save = ranks.any(bool(asked_at) or done == config.steps or schedule.due(done))
+        if save:
+            schedule.wrote(0.0)
+        return save
+
+    def over() -> int:
+        return asked_at
+
+    train_by_trl(config, built, RunFolder(folder).trl, log, due, over, earlier)
+    if asked_at and asked_at < config.steps:
+        raise stopped(asked_at, config, folder)
 
 
 def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:

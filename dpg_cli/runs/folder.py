@@ -39,6 +39,7 @@ class RunFolder:
         self.dataset = path / "dataset"
         self.image = path / "lm_head.png"
         self.checkpoints = path / "checkpoints"
+        self.trl = path / "trl"  # TRL's own checkpoints, where TRL trains
         self.report = path / "report.html"
 
     @classmethod
@@ -170,6 +171,13 @@ class RunFolder:
         with reading(self.metrics):
             lines = self.metrics.read_bytes().split(b"\n")
         return [self._metrics_line(line, number) for number, line in enumerate(lines[:-1], 1)]
+
+    def metrics_size(self, lines: int) -> int:
+        """Bytes of the first so many lines of `metrics.jsonl`, or of all where there are fewer."""
+        if not self.metrics.is_file():
+            return 0
+        with reading(self.metrics), self.metrics.open("rb") as file:
+            return sum(len(line) for line, _ in zip(file, range(lines), strict=False))
 
     def rewind_metrics(self, size: int) -> tuple[int, float]:
         """Cut `metrics.jsonl` back to its first `size` bytes.
