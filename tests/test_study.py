@@ -180,7 +180,7 @@ def test_the_store_keeps_replaces_and_orders(tmp_path: Path) -> None:
     assert store.rows("thing") == [
         {"seed": 0, "value": 0.25, "more": None},
         {"seed": 1, "value": 1.5, "more": None},
-    ] or (store.rows("thing") == [{"seed": 0, "value": 0.25}, {"seed": 1, "value": 1.5}])
+    ]
     assert store.done("thing") == {key_of({"seed": 0}), key_of({"seed": 1})}
     with pytest.raises(ValueError, match="both settings and results"):
         store.add("thing", {"seed": 2}, [{"seed": 3}])
