@@ -62,7 +62,7 @@ def metagradient() -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     about, bf16, peaks = [], [], {row["workload"]: row for row in raw("peaks").get("rows", [])}
-    for name in ("small", "t32", "w3"):
+    for name in ("small", "t32", "w3", "w3ours"):
         found = raw(name)
         for row in found.get("rows", []):
             row = row | {k: v for k, v in peaks.get(row["workload"], {}).items() if k.endswith("_mb")}
@@ -82,8 +82,16 @@ def metagradient() -> str:
             about.append(
                 f"{names}: {found['date']}, {found['processor']}, torch {found['torch']}, {found['threads']} threads, repeats: {runs}."
             )
+    if peaks:
+        about.append(
+            "Peak memory of ours in a process of its own, `python benchmarks/peaks.py` (the planner's prediction in brackets): "
+            + "; ".join(
+                f"{name} {row['ours_peak_mb']:,.0f} MB ({row['predicted_mb']:,.0f})" for name, row in peaks.items()
+            )
+            + "."
+        )
     if len(lines) == 6:
-        return ""
+        lines = lines[:4]
     small = raw("small")
     if "agreement_float64" in small:
         about.append(
@@ -133,6 +141,7 @@ def memory() -> str:
     errors = [
         r["predicted_mb"] / r["peak_mb"] - 1 for name in ("steps", "vocabulary") for r in raw(name).get(name, [])
     ] + [r["predicted_t16_mb"] / r["peak_t16_mb"] - 1 for r in raw("steps").get("steps", [])]
+    errors += [r["predicted_mb"] / r["ours_peak_mb"] - 1 for r in raw("peaks").get("rows", [])]
     if errors:
         out += [
             f"The planner's error over these rows: {min(errors):+.0%} to {max(errors):+.0%} of the measured peak.",
