@@ -229,6 +229,14 @@ def section(rows: list[dict[str, Any]]) -> str:
 def variance_part(rows: list[dict[str, Any]]) -> list[str]:
     """The variances, and whether expectations agree."""
     lines, pairs, agree = [], [], []
+    sharp = pick(rows, sharpness=2000.0, mode="sequence", against="expected")
+    bent = (
+        ", ".join(
+            f"{interval([row['square'] for row in pick(sharp, prompts=prompts)]).text('.2f')} with {4 * prompts} examples"
+            for prompts in several(row["prompts"] for row in sharp)
+        )
+        or "an amount not measured yet"
+    )
     for sharpness in several(row["sharpness"] for row in rows):
         for prompts in several(row["prompts"] for row in pick(rows, sharpness=sharpness)):
             place = pick(rows, sharpness=sharpness, prompts=prompts)
@@ -256,7 +264,7 @@ def variance_part(rows: list[dict[str, Any]]) -> list[str]:
         "Do their expectations agree? ‖E(g_a - g_b)‖² over ‖E g‖² without bias, with its 95 % interval. **Expected**: 0 within the interval,",
         "where Φ is nearly linear in the data (s = 20). "
         f"**Came**: in {sum(agree)} of {len(agree)} comparisons there. Where Φ bends within one example's influence (s = 2000: a pixel that is right stops",
-        "pulling), the sampled modes see each token's effect on its own reward and `expected` does not: they differ, less so with more examples.",
+        f"pulling), the sampled modes see each token's effect on its own reward and `expected` does not; `sequence` and `expected` then differ by {bent}.",
         "",
         table(["sharpness s", "examples", "seed", "difference", "squared, relative", "0 inside"], pairs),
     ]
