@@ -199,6 +199,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 name,
+                str(len(share)),
                 interval(finals(learning_rows, name, "phi")).text(),
                 interval(finals(learning_rows, name, "pixel_accuracy")).text(),
                 interval(share).text() if all(map(math.isfinite, share)) else "not reached by every seed",
@@ -214,12 +215,12 @@ def section(rows: list[dict[str, Any]]) -> str:
         "## Credit: how a reward reaches a token",
         "",
         f"`python -m benchmarks.study --only credit`. pattern-67 in the small world (blank one-layer GPT-2, 64 tokens, T = 1): {total:,} examples",
-        f"in outer steps of 64, {seeds} seeds, equal settings but for the credit. The last column is the share of `sequence`'s examples after which",
+        f"in outer steps of 64, up to {seeds} seeds, equal settings but for the credit. The last column is the share of `sequence`'s examples after which",
         "a mode has reached `sequence`'s final Φ (mean over five outer steps).",
         "",
         "**Expected**: `expected` needs at most a tenth of the examples. **Came**: " + verdict + ".",
         "",
-        table(["credit", "final Φ", "final pixel accuracy", "share of the examples"], lines),
+        table(["credit", "seeds", "final Φ", "final pixel accuracy", "share of the examples"], lines),
     ]
     if variance_rows:
         page += variance_part(variance_rows)
