@@ -38,9 +38,10 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time and memory of the metagradient against plain training (BERGSON=python of its environment)
+bench: $(STAMP)  ## time and memory of the metagradient, sampling, shares of a step (BERGSON=python of its environment)
 	$(BIN)/python benchmarks/metagradient.py $(if $(BERGSON),--bergson $(BERGSON))
 	$(BIN)/python benchmarks/memory.py --repeats 1
+	$(BIN)/python benchmarks/rollout.py
 
 study: $(STAMP)  ## the study behind docs/results.md; goes on where it was (QUICK=1: a few minutes, into build/study-quick)
 	$(BIN)/python -m benchmarks.study $(if $(QUICK),--quick)

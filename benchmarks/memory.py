@@ -19,9 +19,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from metagradient import Workload, peak_bytes
+from metagradient import WORKLOADS, Workload, peak_bytes
+
+from dpg_cli.runs.memory import BASE_BYTES, Need
 
 SMALL = Workload(64, 1, 2, 1024, 64, 2, 8)
+
+
+def parameters_of(work: Workload) -> int:
+    """n of GPT-2 with an untied head."""
+    layer = 12 * work.width**2 + 13 * work.width
+    return 2 * work.vocabulary * work.width + work.length * work.width + work.layers * layer + 2 * work.width
+
+
+def predicted_mb(work: Workload, states: Any) -> float:
+    """Peak memory that `--dry-run` and `dpg attribute` would predict."""
+    rows = min(work.batch, max(1, 4096 // work.length))
+    need = Need(parameters_of(work), 4, work.steps, states, rows, work.length, work.layers, work.width, work.heads)
+    return (BASE_BYTES + need.bytes) / 1e6
 
 
 def steps(repeats: int) -> list[dict[str, Any]]:
@@ -38,7 +53,9 @@ def steps(repeats: int) -> list[dict[str, Any]]:
             "seconds": statistics.median(seconds for _, seconds in runs),
             "time_over_keep": statistics.median(s / k for (_, s), k in zip(runs, keep, strict=True)),
             "peak_mb": max(peak for peak, _ in runs) / 1e6,
+            "predicted_mb": predicted_mb(WORKLOADS["T256"], memory),
             "peak_t16_mb": base[memory] / 1e6,
+            "predicted_t16_mb": predicted_mb(WORKLOADS["T16"], memory),
             "peak_over_t16_keep": max(peak for peak, _ in runs) / base["keep"],
         }
         for memory, runs in found.items()
@@ -51,7 +68,6 @@ def vocabulary() -> list[dict[str, Any]]:
     for size in (1024, 8192, 50257):
         for batch in (8, 64):
             work = replace(SMALL, vocabulary=size, batch=batch)
-            parameters = 2 * size * work.width + work.length * work.width + 12 * work.width**2 + 13 * work.width
             idle = peak_bytes(asdict(work), "nothing")[0]  # type: ignore[arg-type]
             peak = peak_bytes(asdict(work), "ours")[0]  # type: ignore[arg-type]
             rows.append(
@@ -60,7 +76,8 @@ def vocabulary() -> list[dict[str, Any]]:
                     "tokens": batch * work.length,
                     "peak_mb": peak / 1e6,
                     "above_idle_mb": (peak - idle) / 1e6,
-                    "vectors_mb": 8 * parameters * 4 / 1e6,
+                    "predicted_mb": predicted_mb(work, "keep"),
+                    "vectors_mb": 8 * parameters_of(work) * 4 / 1e6,
                     "all_logits_mb": batch * work.length * size * 4 / 1e6,
                 }
             )

@@ -27,9 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Threads stay on their processors and wait a fraction of a millisecond before they sleep, in all contenders alike.
-os.environ.pop("OMP_WAIT_POLICY", None)
-os.environ |= {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "100000"}
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -264,6 +262,7 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[
             found = {"plain": local.plain(), "ours": local.ours()}
             if other is not None:
                 found["bergson"] = other.run()
+            print(name, repeat, {key: round(seconds, 3) for key, seconds in found.items()}, file=sys.stderr)
             for key, seconds in found.items():
                 if repeat or repeats == 0:  # the first round warms up
                     times[key].append(seconds)
@@ -359,22 +358,27 @@ def main() -> None:
     global DEVICE
     DEVICE = torch.device(options.device)
     os.environ["DPG_BENCH_DEVICE"] = options.device
-    rows = []
-    for name in options.workloads.split(","):
-        rows.append(measure(name, options.repeats, options.bergson, not options.no_memory))
-        print(f"{name} done", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "processor": processor(), "repeats": options.repeats,
     }  # fmt: skip
+
+    def text() -> str:
+        sizes = {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}
+        return json.dumps(about | {"rows": rows, "sizes": sizes}, indent=2)
+
+    for name in options.workloads.split(","):
+        rows.append(measure(name, options.repeats, options.bergson, not options.no_memory))
+        print(f"{name} done", file=sys.stderr)
+        if options.out:  # as it goes: a long run may be cut off
+            options.out.write_text(text() + "\n", encoding="utf-8")
     if options.bergson and not options.no_agreement:
         about["agreement_float64"] = agreement(rows[0]["workload"], options.bergson)
-    sizes = {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}
-    text = json.dumps(about | {"rows": rows, "sizes": sizes}, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+        if options.out:
+            options.out.write_text(text() + "\n", encoding="utf-8")
     if options.json:
-        print(text)
+        print(text())
         return
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(rows))

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import HeldOutLoss, make_examples, make_target
+from builders import HeldOutLoss, make_examples, make_target, save_instruct_llama
 from typer.testing import CliRunner
 
 from dpg_cli.cli.app import app
@@ -99,6 +100,36 @@ def test_context_is_not_trained_on(tmp_path: Path) -> None:
         assert (np.array(values) == 0).sum() >= 1 + 2 * (number % 3)
         assert values[-1] != 0
     assert table["text"] == sentences
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    target, out = tmp_path / "target", tmp_path / "scores.parquet"
+    save_instruct_llama(target)
+    sentences = world.sentences("train", "en", 6, seed=3)
+    chats = [[{"role": "user", "content": "hello there"}, {"role": "assistant", "content": text}] for text in sentences]
+    data, table = tmp_path / "chats.jsonl", tmp_path / "chats.parquet"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    pq.write_table(pa.table({"messages": chats}), table)
+    arguments = ["--target", str(target), "--language", "en", "--set", "metric.documents=4", "--out", str(out)]
+    found = []
+    for source in (f"{data}:messages", str(data), str(table)):
+        answer = CliRunner().invoke(app, ["attribute", source, *arguments])
+        assert answer.exit_code == 0, answer.output
+        found.append(pq.read_table(out).to_pydict())
+    assert found[0] == found[1] == found[2]
+    for text, answer, tokens, scores in zip(
+        sentences, found[0]["text"], found[0]["tokens"], found[0]["token_scores"], strict=True
+    ):
+        assert answer == text + "<|eot|>"
+        assert tokens[0] == "<|begin|>" or "start" in "".join(tokens[:2])
+        trained = "".join(token for token, score in zip(tokens, scores, strict=True) if score != 0)
+        assert trained == answer  # the prompt and the template's frame carry no loss
+    chats[2].pop()
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    for extra, words in (([], "Conversation 3"), (["--target", "tiny"], "chat template")):
+        answer = CliRunner().invoke(app, ["attribute", str(data), *arguments, *extra])
+        assert isinstance(answer.exception, UsageError)
+        assert words in str(answer.exception)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 
 from dpg_cli.engine.align import target_examples
 from dpg_cli.engine.credit import assign
+from dpg_cli.engine.loop import LoopSpec
+from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_step
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.engine.rollout import Sampling, encode_prompts, sample
@@ -144,3 +146,17 @@ def test_clipping_stops_the_pull() -> None:
     assert stats == {"clipped": 1.0, "grad_norm": 0.0}
     down = Credit(-rollout.mask_N_K.float())
     assert policy_step(generator.model, optimizer, old, down, PolicySpec(minibatch=1000), order)["grad_norm"] > 0
+
+
+def test_schedules_by_hand() -> None:
+    """Ten steps: lr rises over two and falls over the last half; the KL coefficient falls over the last 40 %."""
+    sampling = Sampling(group_size=1, max_tokens=1, min_tokens=1, temperature=1.0, eos_id=0, pad_id=0)
+    spec = LoopSpec(
+        steps=10, sampling=sampling, optimizer=OptimizerSpec(), inner_batch=1, normalization="token", micro_batch=1,
+        credit="sequence", discount=1.0, policy=PolicySpec(kl=0.5, clip=0.3), lr=6.0, lr_warmup=2, lr_decay=0.5,
+        kl_decay=0.4,
+    )  # fmt: skip
+    assert [spec.lr_at(step) for step in range(10)] == pytest.approx([3, 6, 6, 6, 6, 5, 4, 3, 2, 1])
+    kl = [spec.policy_at(step).kl for step in range(10)]
+    assert kl == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert all(spec.policy_at(step).clip == 0.3 for step in range(10))

@@ -15,7 +15,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 ok, 2 bad input, 3 degenerate training, 4 verification failed, 130 interrupted. "
+    epilog="Exit codes: 0 ok, 2 bad input, 3 degenerate training, 4 verification failed, 5 a process of several was lost, "
+    "130 interrupted. "
     "--debug shows the traceback of an error.",
 )
 app.command("run")(run.run)

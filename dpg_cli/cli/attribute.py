@@ -27,7 +27,8 @@ def attribute(
     data: Annotated[
         str,
         typer.Argument(
-            help="Your examples: a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset."
+            help="Your examples: a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset; "
+            "rows with `messages` in a JSONL or parquet file are read through the target's chat template."
         ),
     ],
     target: Annotated[str, typer.Option(help="The model to fine-tune: a folder, a hub name, or tiny.")] = "tiny",
@@ -66,6 +67,8 @@ def attribute(
     Examples:
 
         dpg attribute sft.jsonl:completion --prompts sft.jsonl:prompt --target ./model --eval-text heldout.txt
+
+        dpg attribute chats.jsonl:messages --target ./instruct-model --eval-text heldout.txt --memory sqrt
 
         dpg attribute notes.txt --language es --set inner.lr=1e-5
     """

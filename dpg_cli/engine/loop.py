@@ -48,6 +48,7 @@ class LoopSpec:
         states: which states of the inner run are kept, see `tape.py`.
         precision: of the target's linear maps, see `product.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
+        kl_decay: share of the steps, at the end, over which the KL coefficient falls to (almost) zero.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
         attribution: metagradient, or a control.
     """
@@ -64,6 +65,7 @@ class LoopSpec:
     lr: float
     lr_warmup: int = 0
     lr_decay: float = 0.0
+    kl_decay: float = 0.0
     states: Memory = "keep"
     precision: Precision = "float32"
     max_length: int = 0
@@ -72,9 +74,16 @@ class LoopSpec:
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
         rise = min(1.0, (step + 1) / self.lr_warmup) if self.lr_warmup else 1.0
-        span = self.lr_decay * self.steps
-        fall = min(1.0, (self.steps - step) / (span + 1)) if span else 1.0
-        return self.lr * rise * fall
+        return self.lr * rise * self._fall(step, self.lr_decay)
+
+    def policy_at(self, step: int) -> PolicySpec:
+        """Settings of the policy step of an outer step."""
+        return replace(self.policy, kl=self.policy.kl * self._fall(step, self.kl_decay))
+
+    def _fall(self, step: int, share: float) -> float:
+        """From 1 linearly to (almost) 0 over the last `share` of the steps."""
+        span = share * self.steps
+        return min(1.0, (self.steps - step) / (span + 1)) if span else 1.0
 
 
 @dataclass
@@ -174,7 +183,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     for group in players.policy_optimizer.param_groups:
         group["lr"] = spec.lr_at(step)
     policy = policy_step(
-        generator.model, players.policy_optimizer, rollout, credit, spec.policy, players.order_rng, players.reference,
+        generator.model, players.policy_optimizer, rollout, credit, spec.policy_at(step), players.order_rng, players.reference,
         players.ranks,
     )  # fmt: skip
     clock.append(time.perf_counter())

@@ -117,6 +117,7 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device) 
         use_cpu=device.type == "cpu",
         bf16=False,
         gradient_checkpointing=config.trl.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         save_strategy="no",  # the callback says when
         save_total_limit=2,

@@ -19,6 +19,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models import LanguageModel, load_target, pick_device, quiet_transformers
+from dpg_cli.runs.conversations import read_conversations, write_conversations
 from dpg_cli.runs.files import replacing
 from dpg_cli.runs.memory import Need, check_memory
 from dpg_cli.runs.sessions import peak_memory_mb
@@ -88,7 +89,7 @@ class Attribution:
 
 
 def encode(
-    texts: Sequence[str], contexts: Sequence[str] | None, target: LanguageModel, limit: int
+    texts: Sequence[str], contexts: Sequence[str] | None, target: LanguageModel, limit: int, *, framed: bool = False
 ) -> tuple[Examples, int]:
     """Texts as fine-tuning reads them: beginning-of-sequence token, context, text, end of sequence.
 
@@ -97,6 +98,7 @@ def encode(
         contexts: what stands before each and is not trained on; None for nothing.
         target: gives the tokeniser.
         limit: longest sequence in tokens; longer ones lose their end. 0: the target's context.
+        framed: the texts have their beginning and end already, from a chat template.
 
     Returns:
         The examples, and how many were cut.
@@ -106,11 +108,12 @@ def encode(
     """
     longest = target.context or max(limit, 1 << 20)
     longest = min(limit or longest, longest)
-    bos = [] if target.bos_id is None else [target.bos_id]
+    bos = [] if target.bos_id is None or framed else [target.bos_id]
+    eos = [] if framed else [target.eos_id]
     rows, starts, cut = [], [], 0
     for number, text in enumerate(texts):
         before = [] if contexts is None else target.tokenizer(contexts[number], add_special_tokens=False)["input_ids"]
-        row = [*bos, *before, *target.tokenizer(text, add_special_tokens=False)["input_ids"], target.eos_id]
+        row = [*bos, *before, *target.tokenizer(text, add_special_tokens=False)["input_ids"], *eos]
         cut += len(row) > longest
         rows.append(row[:longest])
         starts.append(max(1, len(bos) + len(before)))
@@ -152,8 +155,11 @@ def attribute(
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"The scores cannot be written to {out}: no such file place.", "Name a file with --out.")
     on_stage("reading the data")
-    texts = list(open_texts(data, KEYS, split="train", what="examples", flag="DATA", limit=limit))
-    contexts = None
+    contexts: list[str] | None = None
+    conversations = None if prompts else read_conversations(data, KEYS, limit)
+    texts: list[str] = []
+    if conversations is None:
+        texts = list(open_texts(data, KEYS, split="train", what="examples", flag="DATA", limit=limit))
     if prompts:
         contexts = list(open_texts(prompts, CONTEXT_KEYS, split="train", what="prompts", flag="--prompts", limit=limit))
         if len(contexts) != len(texts):
@@ -162,8 +168,10 @@ def attribute(
             )
     on_stage("loading the target")
     target = load_target(config.models, pick_device(config.device))
+    if conversations is not None:
+        texts, contexts = write_conversations(conversations, target)
     metric = build_metric(config.metric, target)
-    examples, cut = encode(texts, contexts, target, config.inner.max_length)
+    examples, cut = encode(texts, contexts, target, config.inner.max_length, framed=conversations is not None)
     rows = micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
     inner = config.inner
     steps = -(-len(examples) // inner.batch_size)

@@ -218,6 +218,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr=policy.lr,
         lr_warmup=policy.warmup,
         lr_decay=policy.decay,
+        kl_decay=policy.kl_decay,
         states=inner.states,
         precision=inner.precision,
         max_length=inner.max_length,
