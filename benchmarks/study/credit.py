@@ -199,6 +199,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 name,
+                str(len(share)),
                 interval(finals(learning_rows, name, "phi")).text(),
                 interval(finals(learning_rows, name, "pixel_accuracy")).text(),
                 interval(share).text() if all(map(math.isfinite, share)) else "not reached by every seed",
@@ -214,12 +215,12 @@ def section(rows: list[dict[str, Any]]) -> str:
         "## Credit: how a reward reaches a token",
         "",
         f"`python -m benchmarks.study --only credit`. pattern-67 in the small world (blank one-layer GPT-2, 64 tokens, T = 1): {total:,} examples",
-        f"in outer steps of 64, {seeds} seeds, equal settings but for the credit. The last column is the share of `sequence`'s examples after which",
+        f"in outer steps of 64, up to {seeds} seeds, equal settings but for the credit. The last column is the share of `sequence`'s examples after which",
         "a mode has reached `sequence`'s final Φ (mean over five outer steps).",
         "",
         "**Expected**: `expected` needs at most a tenth of the examples. **Came**: " + verdict + ".",
         "",
-        table(["credit", "final Φ", "final pixel accuracy", "share of the examples"], lines),
+        table(["credit", "seeds", "final Φ", "final pixel accuracy", "share of the examples"], lines),
     ]
     if variance_rows:
         page += variance_part(variance_rows)
@@ -229,6 +230,14 @@ def section(rows: list[dict[str, Any]]) -> str:
 def variance_part(rows: list[dict[str, Any]]) -> list[str]:
     """The variances, and whether expectations agree."""
     lines, pairs, agree = [], [], []
+    sharp = pick(rows, sharpness=2000.0, mode="sequence", against="expected")
+    bent = (
+        ", ".join(
+            f"{interval([row['square'] for row in pick(sharp, prompts=prompts)]).text('.2f')} with {4 * prompts} examples"
+            for prompts in several(row["prompts"] for row in sharp)
+        )
+        or "an amount not measured yet"
+    )
     for sharpness in several(row["sharpness"] for row in rows):
         for prompts in several(row["prompts"] for row in pick(rows, sharpness=sharpness)):
             place = pick(rows, sharpness=sharpness, prompts=prompts)
@@ -256,7 +265,7 @@ def variance_part(rows: list[dict[str, Any]]) -> list[str]:
         "Do their expectations agree? ‖E(g_a - g_b)‖² over ‖E g‖² without bias, with its 95 % interval. **Expected**: 0 within the interval,",
         "where Φ is nearly linear in the data (s = 20). "
         f"**Came**: in {sum(agree)} of {len(agree)} comparisons there. Where Φ bends within one example's influence (s = 2000: a pixel that is right stops",
-        "pulling), the sampled modes see each token's effect on its own reward and `expected` does not: they differ, less so with more examples.",
+        f"pulling), the sampled modes see each token's effect on its own reward and `expected` does not; `sequence` and `expected` then differ by {bent}.",
         "",
         table(["sharpness s", "examples", "seed", "difference", "squared, relative", "0 inside"], pairs),
     ]
