@@ -120,6 +120,8 @@ def test_settings_that_trl_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> Non
         require_trl(config, Ranks(0, 3))
     with pytest.raises(UsageError, match="even mini-batches"):
         require_trl(resolve(data, [*base, "policy.minibatch=100"]), Ranks(0, 1))
+    with pytest.raises(UsageError, match="kl_decay"):
+        require_trl(resolve(data, [*base, "policy.kl=0.1", "policy.kl_decay=0.5"]), Ranks(0, 1))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else object())
     with pytest.raises(UsageError, match=r"vllm is not installed.*dpg-cli\[vllm\]"):
         require_trl(resolve(data, [*base, 'trl.vllm="colocate"']), Ranks(0, 1))

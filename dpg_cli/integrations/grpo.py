@@ -63,6 +63,8 @@ def require_trl(config: Config, ranks: Ranks) -> None:
             f"step, and {ranks.world} processes must divide it.",
             "Change policy.minibatch, prompts.per_step or the number of processes.",
         )
+    if config.policy.kl and config.policy.kl_decay:
+        raise UsageError("TRL's KL coefficient stays as it is: policy.kl_decay cannot be kept.", "Set it to 0.")
     if config.attribution.method not in ("metagradient", "sgd"):
         raise UsageError(
             f"attribution.method = {config.attribution.method!r} has no reward that TRL could compare within a group.",

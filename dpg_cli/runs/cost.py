@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpg_cli.config import Config
+from dpg_cli.engine.product import times
 from dpg_cli.errors import one_line
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.render import text_pattern
@@ -21,7 +22,9 @@ from dpg_cli.runs.scaling import Device, Size, job_of, need_of, predict
 
 PROBED = 64  # prompts whose length is taken
 LARGEST_DRAWN = 100  # rows or columns of a drawing
-EFFICIENCY = 0.23  # of a large matrix product's rate that these passes reach; measured on the tiny scale: docs/log.md
+EFFICIENCY = (
+    0.33  # of a large product's rate that these passes reach: between 0.20 and 0.49 on the tiny scale, docs/scaling.md
+)
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,11 @@ def copy_rate(device: torch.device, size: int = 1 << 24) -> float:
 
 
 def matmul_rate(device: torch.device, size: int = 1024) -> float:
-    """Operations a second of a float32 matrix product, timed for about a tenth of a second."""
+    """Operations a second of a float32 matrix product as the engine makes it, timed for about a tenth of a second."""
     matrix = torch.randn(size, size, device=device)
-    matrix @ matrix
+    times(matrix, matrix)
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.1:
-        float((matrix @ matrix)[0, 0])
+        float(times(matrix, matrix)[0, 0])
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - started)
