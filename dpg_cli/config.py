@@ -172,7 +172,9 @@ class PolicyConfig(Section):
         0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
     )
     kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
-    kl_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which kl falls to 0")
+    kl_decay: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps over which kl falls to 0"
+    )
     warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
     decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
 

@@ -55,6 +55,7 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Train, then judge the trained and the untrained generator's completions alike."""
     count = BATCH * settings["inner_steps"]
     runs = 4 if settings["method"] == "naive" or not settings["cross_group"] else 1
+    runs = min(runs, count // 4) if settings["cross_group"] else runs  # each takes a whole group at the least
     config = world.resolve(
         world.settings(
             settings["task"],
@@ -116,7 +117,7 @@ def section(rows: list[dict[str, Any]]) -> str:
             "## The paper's ablation, scaled down",
             "",
             f"`python -m benchmarks.study --only ablation`. Blank models of the small world, `sequence` credit, {total:,} examples in batches of",
-            f"{BATCH} and as many policy updates for all; judged by {JUDGED} fresh completions, {JUDGED // JUDGED_BATCH} inner steps of {JUDGED_BATCH}. Naive takes 4 inner runs an outer step.",
+            f"{BATCH} and as many policy updates for all; judged by {JUDGED} fresh completions, {JUDGED // JUDGED_BATCH} inner steps of {JUDGED_BATCH}. Naive takes 4 inner runs an outer step (2 where T = 1).",
             "",
             "**Expected** (paper): differentiating through AdamW is better than through SGD, and both are better than the shared naive reward.",
             "**Came**: "
