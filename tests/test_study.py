@@ -209,8 +209,7 @@ def test_small_cells_measure_what_their_sections_read(tmp_path: Path) -> None:
         (credit, {"part": "learning", "seed": 0, "credit": "expected", "steps": 3}),
         (credit, {"part": "variance", "seed": 0, "sharpness": 20.0, "prompts": 4, "resampled": 6}),
         (metasmoothness, {**metasmoothness.cells(True)[0], "steps": 3}),
-        (transfer, {"task": "pattern-67", "seed": 0, "redraw": False, "steps": 2}),
-        (transfer, {"task": "pattern-67", "seed": 0, "redraw": True, "steps": 2}),
+        (transfer, {"task": "pattern-67", "seed": 0, "steps": 2}),
     ):
         store.add(module.NAME, settings, module.measure(settings))
     from benchmarks.study.pages import draw, sections
@@ -225,7 +224,7 @@ def test_small_cells_measure_what_their_sections_read(tmp_path: Path) -> None:
         "metasmoothness",
         "transfer",
     }
-    rows = [row for row in store.rows("transfer") if not row["redraw"]]
+    rows = store.rows("transfer")
     same = next(row for row in rows if row["target"] == "the same")
     assert len(rows) == 5 + len(transfer.OTHERS) - 1
     assert same["phi"] != same["control_phi"]
