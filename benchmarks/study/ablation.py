@@ -94,7 +94,7 @@ def section(rows: list[dict[str, Any]]) -> str:
     parts = []
     for task in several(row["task"] for row in rows):
         chosen = [row for row in pick(rows, task=task) if not row["stopped"]]
-        control = interval([row["control"] for row in chosen]).text(".4f")
+        control = interval(list({row["seed"]: row["control"] for row in chosen}.values())).text(".4f")
         lines = []
         for method, steps, cross in sorted(
             {label(row) for row in chosen}, key=lambda key: (METHODS.index(key[0]), key[1:])
