@@ -143,8 +143,19 @@ def verdict(rows: list[dict[str, Any]]) -> str:
             }
             if len(means) == len(METHODS):
                 order = " > ".join(names[method] for method in sorted(means, key=means.__getitem__, reverse=True))
-                found.append(f"{task}, T = {steps}: {order}")
-    return "by mean Φ, " + "; ".join(found) + "." if found else "too few cells to compare."
+                gaps = []
+                for better, worse in (("metagradient", "sgd"), ("sgd", "naive")):
+                    other = {row["seed"]: row["phi"] for row in pick(chosen, method=worse)}
+                    paired = [
+                        row["phi"] - other[row["seed"]] for row in pick(chosen, method=better) if row["seed"] in other
+                    ]
+                    gaps.append(f"{names[better]} less {names[worse]} {interval(paired).text('.4f')}")
+                found.append(f"{task}, T = {steps}: {order} ({', '.join(gaps)})")
+    return (
+        "by mean Φ, and the difference paired by seed, " + "; ".join(found) + "."
+        if found
+        else "too few cells to compare."
+    )
 
 
 def figure(rows: list[dict[str, Any]], axes: Axes) -> None:
