@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import readme_claims, report  # noqa: E402
-from benchmarks.study import credit, lds, metasmoothness, theorem, transfer, world  # noqa: E402
+from benchmarks.study import credit, lds, metasmoothness, theorem, toy, transfer, world  # noqa: E402
 from benchmarks.study.experiments import EXPERIMENTS  # noqa: E402
 from benchmarks.study.statistics import (  # noqa: E402
     geometric,
@@ -67,10 +67,10 @@ def test_curves_by_hand() -> None:
 
 
 def test_every_dataset_is_enumerated_once() -> None:
-    made = theorem.toy(0)
+    made = toy.toy(0)
     for n, steps in ((3, 1), (4, 2), (4, 4)):
-        found = list(theorem.datasets(made, n, steps))
-        size = math.comb(n // steps + theorem.TOKENS - 1, theorem.TOKENS - 1)
+        found = list(toy.datasets(made, n, steps))
+        size = math.comb(n // steps + toy.TOKENS - 1, toy.TOKENS - 1)
         assert len(found) == size**steps
         assert sum(chance for _, chance in found) == pytest.approx(1.0, abs=1e-12)
         assert all(int(counts.sum()) == n for counts, _ in found)
@@ -81,10 +81,10 @@ def test_every_dataset_is_enumerated_once() -> None:
 @pytest.mark.parametrize(("n", "steps", "length"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
 def test_the_enumerated_true_gradient_is_the_derivative_of_the_enumerated_mean(n: int, steps: int, length: int) -> None:
     """Central differences of E[Φ] by the generator's parameters, in float64, along a random direction."""
-    made = theorem.toy(0, length)
+    made = toy.toy(0, length)
     found = theorem.gradients(made, ADAMW, n, steps)
-    values = [theorem.attributed(made, counts, ADAMW)[0] for counts, _ in theorem.datasets(made, n, steps)]
-    generator = theorem.model(0)
+    values = [toy.attributed(made, counts, ADAMW)[0] for counts, _ in toy.datasets(made, n, steps)]
+    generator = toy.model(0)
     direction = [
         torch.randn(p.shape, generator=torch.Generator().manual_seed(7)).double() for p in generator.parameters()
     ]
@@ -94,9 +94,9 @@ def test_the_enumerated_true_gradient_is_the_derivative_of_the_enumerated_mean(n
         with torch.no_grad():
             for parameter, d in zip(moved.parameters(), direction, strict=True):
                 parameter.add_(h * d)
-            chances = theorem.log_probability(moved, made.rows).exp()
-        there = theorem.Toy(made.target, made.metric, made.rows, chances, made.score_Y_F)
-        return sum(v * chance for v, (_, chance) in zip(values, theorem.datasets(there, n, steps), strict=True))
+            chances = toy.log_probability(moved, made.rows).exp()
+        there = toy.Toy(made.target, made.metric, made.rows, chances, made.score_Y_F)
+        return sum(v * chance for v, (_, chance) in zip(values, toy.datasets(there, n, steps), strict=True))
 
     h = 1e-5
     slope = (mean(h) - mean(-h)) / (2 * h)
@@ -109,8 +109,8 @@ def test_weights_of_kinds_are_repeated_examples() -> None:
     """Φ and τ of counts (2, 0, 1) are those of a batch that repeats the first completion."""
     from dpg_cli.engine import Examples, metagradient
 
-    made = theorem.toy(1)
-    value, tau_T_Y, _ = theorem.attributed(made, torch.tensor([[2, 0, 1]]), ADAMW)
+    made = toy.toy(1)
+    value, tau_T_Y, _ = toy.attributed(made, torch.tensor([[2, 0, 1]]), ADAMW)
     ids = made.rows.ids_N_S[[0, 0, 2]]
     plain = metagradient(made.target, Examples.from_sequences(ids.tolist()), ADAMW, made.metric)
     assert value == pytest.approx(plain.value, rel=1e-12)
@@ -118,7 +118,7 @@ def test_weights_of_kinds_are_repeated_examples() -> None:
 
 
 def test_the_theorems_error_falls_with_the_examples_and_vanishes_with_sgds_rate() -> None:
-    made = theorem.toy(0)
+    made = toy.toy(0)
 
     def error(spec: OptimizerSpec, n: int) -> float:
         found = theorem.gradients(made, spec, n)
@@ -209,8 +209,7 @@ def test_small_cells_measure_what_their_sections_read(tmp_path: Path) -> None:
         (credit, {"part": "learning", "seed": 0, "credit": "expected", "steps": 3}),
         (credit, {"part": "variance", "seed": 0, "sharpness": 20.0, "prompts": 4, "resampled": 6}),
         (metasmoothness, {**metasmoothness.cells(True)[0], "steps": 3}),
-        (transfer, {"task": "pattern-67", "seed": 0, "redraw": False, "steps": 2}),
-        (transfer, {"task": "pattern-67", "seed": 0, "redraw": True, "steps": 2}),
+        (transfer, {"task": "pattern-67", "seed": 0, "steps": 2}),
     ):
         store.add(module.NAME, settings, module.measure(settings))
     from benchmarks.study.pages import draw, sections
@@ -225,7 +224,7 @@ def test_small_cells_measure_what_their_sections_read(tmp_path: Path) -> None:
         "metasmoothness",
         "transfer",
     }
-    rows = [row for row in store.rows("transfer") if not row["redraw"]]
+    rows = store.rows("transfer")
     same = next(row for row in rows if row["target"] == "the same")
     assert len(rows) == 5 + len(transfer.OTHERS) - 1
     assert same["phi"] != same["control_phi"]

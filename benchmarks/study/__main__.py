@@ -61,7 +61,7 @@ def run(store: Store, missing: list[tuple[str, dict[str, Any]]], workers: int, m
     """Measure cells in worker processes; each is stored as soon as it is there."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end = time.monotonic() + 60 * minutes
-    waiting = list(reversed(missing))
+    waiting, failed = list(reversed(missing)), 0
     with ProcessPoolExecutor(workers) as pool:
         running: dict[Any, tuple[str, dict[str, Any]]] = {}
         while running or waiting:
@@ -73,9 +73,16 @@ def run(store: Store, missing: list[tuple[str, dict[str, Any]]], workers: int, m
                 return
             future = next(as_completed(running))
             name, cell = running.pop(future)
-            rows, seconds = future.result()
+            try:
+                rows, seconds = future.result()
+            except Exception as error:  # the others go on; this one is missing and is said to be
+                failed += 1
+                print(f"FAILED  {name}  {key_of(cell)}: {error}", flush=True)
+                continue
             store.add(name, cell, rows)
             print(f"{seconds:6.1f} s  {name}  {key_of(cell)}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
 
 
 def page(store: Store, path: Path, figures: Path) -> None:

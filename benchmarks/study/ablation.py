@@ -55,6 +55,7 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Train, then judge the trained and the untrained generator's completions alike."""
     count = BATCH * settings["inner_steps"]
     runs = 4 if settings["method"] == "naive" or not settings["cross_group"] else 1
+    runs = min(runs, count // 4) if settings["cross_group"] else runs  # each takes a whole group at the least
     config = world.resolve(
         world.settings(
             settings["task"],
@@ -93,7 +94,7 @@ def section(rows: list[dict[str, Any]]) -> str:
     parts = []
     for task in several(row["task"] for row in rows):
         chosen = [row for row in pick(rows, task=task) if not row["stopped"]]
-        control = interval([row["control"] for row in chosen]).text(".4f")
+        control = interval(list({row["seed"]: row["control"] for row in chosen}.values())).text(".4f")
         lines = []
         for method, steps, cross in sorted(
             {label(row) for row in chosen}, key=lambda key: (METHODS.index(key[0]), key[1:])
@@ -116,7 +117,7 @@ def section(rows: list[dict[str, Any]]) -> str:
             "## The paper's ablation, scaled down",
             "",
             f"`python -m benchmarks.study --only ablation`. Blank models of the small world, `sequence` credit, {total:,} examples in batches of",
-            f"{BATCH} and as many policy updates for all; judged by {JUDGED} fresh completions, {JUDGED // JUDGED_BATCH} inner steps of {JUDGED_BATCH}. Naive takes 4 inner runs an outer step.",
+            f"{BATCH} and as many policy updates for all; judged by {JUDGED} fresh completions, {JUDGED // JUDGED_BATCH} inner steps of {JUDGED_BATCH}. Naive takes 4 inner runs an outer step (2 where T = 1).",
             "",
             "**Expected** (paper): differentiating through AdamW is better than through SGD, and both are better than the shared naive reward.",
             "**Came**: "
@@ -142,8 +143,19 @@ def verdict(rows: list[dict[str, Any]]) -> str:
             }
             if len(means) == len(METHODS):
                 order = " > ".join(names[method] for method in sorted(means, key=means.__getitem__, reverse=True))
-                found.append(f"{task}, T = {steps}: {order}")
-    return "by mean Φ, " + "; ".join(found) + "." if found else "too few cells to compare."
+                gaps = []
+                for better, worse in (("metagradient", "sgd"), ("sgd", "naive")):
+                    other = {row["seed"]: row["phi"] for row in pick(chosen, method=worse)}
+                    paired = [
+                        row["phi"] - other[row["seed"]] for row in pick(chosen, method=better) if row["seed"] in other
+                    ]
+                    gaps.append(f"{names[better]} less {names[worse]} {interval(paired).text('.4f')}")
+                found.append(f"{task}, T = {steps}: {order} ({', '.join(gaps)})")
+    return (
+        "by mean Φ, and the difference paired by seed, " + "; ".join(found) + "."
+        if found
+        else "too few cells to compare."
+    )
 
 
 def figure(rows: list[dict[str, Any]], axes: Axes) -> None:

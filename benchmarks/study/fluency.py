@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.study import world
 from benchmarks.study.pages import Axes, pick, several, table
-from benchmarks.study.statistics import interval
+from benchmarks.study.statistics import geometric, interval
 from dpg_cli.config import Config
 from dpg_cli.engine.policy import completion_logits
 from dpg_cli.engine.records import Rollout
@@ -82,17 +82,22 @@ def section(rows: list[dict[str, Any]]) -> str:
     def column(chosen: list[dict[str, Any]], key: str, form: str) -> str:
         return interval([row[key] for row in chosen]).text(form)
 
+    def spread(chosen: list[dict[str, Any]], key: str) -> str:
+        mean, low, high = geometric([row[key] for row in chosen])
+        return f"{mean:.3g} ({low:.3g}-{high:.3g})"
+
+    start = list({row["seed"]: row for row in rows}.values())  # the same for every coefficient
     lines = []
     for kl in several(row["kl"] for row in rows):
         chosen = pick(rows, kl=kl)
         beyond = interval([row["norm_change"] - row["start_norm_change"] for row in chosen]).text(".4f")
         lines.append(
-            [f"{kl:g}", str(len(chosen)), column(chosen, "norm_change", ".4f"), beyond, column(chosen, "perplexity", ".2f"),
+            [f"{kl:g}", str(len(chosen)), column(chosen, "norm_change", ".4f"), beyond, spread(chosen, "perplexity"),
              column(chosen, "well_formed", ".3f")]
         )  # fmt: skip
     lines.append(
-        ["untrained", str(len(rows)), column(rows, "start_norm_change", ".4f"), "-", column(rows, "start_perplexity", ".2f"),
-         column(rows, "start_well_formed", ".3f")]
+        ["untrained", str(len(start)), column(start, "start_norm_change", ".4f"), "-", spread(start, "start_perplexity"),
+         column(start, "start_well_formed", ".3f")]
     )  # fmt: skip
     return "\n".join(
         [
@@ -104,7 +109,8 @@ def section(rows: list[dict[str, Any]]) -> str:
             "starting generator; well-formed: one sentence of the embedded world in any language.",
             "",
             "**Expected**: the KL penalty buys fluency with effect. **Came**: "
-            f"without it the perplexity is {column(pick(rows, kl=0.0), 'perplexity', '.1f')} (untrained {column(rows, 'start_perplexity', '.2f')}).",
+            f"without it nothing fluent is left: perplexity {spread(pick(rows, kl=0.0), 'perplexity')}, untrained {spread(start, 'start_perplexity')}. ",
+            "A coefficient that keeps the sentences well-formed takes most of the effect. Perplexities: geometric mean and range over seeds.",
             "",
             table(
                 ["KL coefficient", "seeds", "change of the norm", "beyond the control", "perplexity", "well-formed"],

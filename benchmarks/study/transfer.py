@@ -1,7 +1,6 @@
 """Transfer: data made for one target, trained into others. How much of the effect is left?
 
-Generators are trained for pattern-67 and l2-shrink in the small world, against the blank target of one seed, and once against a blank
-target drawn anew at every outer step. 1,024 fresh completions are then trained into: the same target; three blank targets of other
+Generators are trained for pattern-67 and l2-shrink in the small world, against the blank target of one seed. 1,024 fresh completions are then trained into: the same target; three blank targets of other
 seeds; a wider one; and the same target by another optimiser (SGD with a first step as long; AdamW with the default ε).
 The control is the same training on the untrained generator's completions. Stock PyTorch trains all of them.
 """
@@ -37,14 +36,9 @@ MEASURE = {"pattern-67": "pixel_accuracy", "l2-shrink": "norm_change"}
 
 
 def cells(quick: bool) -> list[dict[str, Any]]:
-    """Each task, for one target and for targets drawn anew."""
+    """Each task at each seed."""
     seeds, steps = (SEEDS[:1], QUICK_STEPS) if quick else (SEEDS, STEPS)
-    return [
-        {"task": task, "seed": seed, "redraw": redraw, "steps": steps}
-        for seed in seeds
-        for task in (TASKS[:1] if quick else TASKS)
-        for redraw in (False, True)
-    ]
+    return [{"task": task, "seed": seed, "steps": steps} for seed in seeds for task in (TASKS[:1] if quick else TASKS)]
 
 
 def targets(built: Built, config: Config) -> Iterator[tuple[str, LanguageModel, InnerConfig]]:
@@ -84,7 +78,6 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
             settings["seed"],
             steps=settings["steps"],
             credit={"mode": "expected", "discount": 0.5},
-            models={"redraw_target": settings["redraw"]},
         ),
         [],
     )
@@ -108,18 +101,15 @@ def section(rows: list[dict[str, Any]]) -> str:
     for task in several(row["task"] for row in rows):
         lines = []
         for name in ORDER:
-            for redraw in (False, True):
-                chosen = pick(rows, task=task, target=name, redraw=redraw)
-                if chosen:
-                    lines.append(
-                        [
-                            name, "drawn anew" if redraw else "one", str(len(chosen)),
-                            *(interval([row[key] for row in chosen]).text(".4f") for key in ("value", "control")),
-                            interval([row["value"] - row["control"] for row in chosen]).text(".4f"),
-                        ]
-                    )  # fmt: skip
+            if chosen := pick(rows, task=task, target=name):
+                lines.append(
+                    [
+                        name, str(len(chosen)), *(interval([row[key] for row in chosen]).text(".4f") for key in ("value", "control")),
+                        interval([row["value"] - row["control"] for row in chosen]).text(".4f"),
+                    ]
+                )  # fmt: skip
         name = MEASURE[task].replace("_", " ")
-        head = ["trained into", "made for", "targets", name, "control", "difference"]
+        head = ["trained into", "targets", name, "control", "difference"]
         parts += [f"{task}:", "", table(head, lines)]
     return "\n".join(
         [
@@ -127,11 +117,10 @@ def section(rows: list[dict[str, Any]]) -> str:
             "",
             "`python -m benchmarks.study --only transfer`. Small world, `expected` credit with γ = 0.5, "
             f"{rows[0]['steps']} outer steps of 64 completions; one step of",
-            f"stock PyTorch on {EXAMPLES:,} fresh completions. Made for: the blank target of one seed, or one drawn anew at every outer step.",
+            f"stock PyTorch on {EXAMPLES:,} fresh completions.",
             "",
             "**Expected**: a pattern in the weights of a blank target rests on that target's random features, so it should survive another",
-            "optimiser and not another seed or width, unless it was made against many targets. **Came**: "
-            + verdict(rows),
+            "optimiser and not another seed or width. **Came**: " + verdict(rows),
             "",
             *parts,
         ]
@@ -142,13 +131,13 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     """The share of the effect on its own target that is left, by task and target."""
     found = []
     for task in several(row["task"] for row in rows):
-        own = pick(rows, task=task, redraw=False, target="the same")
+        own = pick(rows, task=task, target="the same")
         if not own:
             continue
         size = sum(row["value"] - row["control"] for row in own) / len(own)
         shares = []
         for name in ORDER[1:]:
-            chosen = pick(rows, task=task, redraw=False, target=name)
+            chosen = pick(rows, task=task, target=name)
             if chosen and size:
                 shares.append(f"{name} {sum(row['value'] - row['control'] for row in chosen) / len(chosen) / size:.0%}")
         found.append(f"{task}, of the effect beyond the control: {', '.join(shares)}")
@@ -158,13 +147,9 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def figure(rows: list[dict[str, Any]], axes: Axes) -> None:
     """The difference from the control for each target."""
     for panel, task in zip(axes, TASKS, strict=True):
-        for number, redraw in enumerate((False, True)):
-            chosen = [pick(rows, task=task, redraw=redraw, target=name) for name in ORDER]
-            heights = [interval([row["value"] - row["control"] for row in group]) for group in chosen]
-            places = [i + 0.38 * (number - 0.5) for i in range(len(ORDER))]
-            label = "made for targets drawn anew" if redraw else "made for one target"
-            panel.bar(places, [h.mean for h in heights], 0.36, yerr=[h.half for h in heights], label=label)
+        chosen = [pick(rows, task=task, target=name) for name in ORDER]
+        heights = [interval([row["value"] - row["control"] for row in group]) for group in chosen]
+        panel.bar(range(len(ORDER)), [h.mean for h in heights], 0.6, yerr=[h.half for h in heights])
         panel.set_xticks(range(len(ORDER)), [name.replace(", ", ",\n") for name in ORDER], fontsize=7, rotation=20)
         panel.set_ylabel(f"{MEASURE[task].replace('_', ' ')} less the control's")
         panel.set_title(task, fontsize=9)
-        panel.legend(fontsize=8)
