@@ -33,12 +33,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
+from dpg_cli.engine.head import find_head
 from dpg_cli.errors import DegenerateError
+from dpg_cli.metrics.text_loss import piece_loss
 
 DEVICE = torch.device(os.environ.get("DPG_BENCH_DEVICE", "cpu"))  # --device, also for the processes that this starts
 SPEC = OptimizerSpec("adamw", lr=1e-3, beta1=0.95, beta2=0.975, eps=1e-8, eps_root=1e-8, weight_decay=0.01)
@@ -70,14 +71,18 @@ WORKLOADS = {
 
 
 class QueryLoss:
-    """Minus the mean loss of one batch."""
+    """Minus the mean loss of one batch, by the library's own closed form of the LM head.
 
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
+    Args:
+        model: the target.
+        ids: the batch, (B, S).
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.head, self.examples = find_head(model), Examples.from_sequences(ids.tolist()).to(ids.device)
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-        logits = functional_call(model, dict(parameters), (), {"input_ids": self.ids, "use_cache": False}).logits
-        return -nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
+        return -piece_loss(self.head, dict(parameters), model, self.examples)
 
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
         return {}
@@ -146,7 +151,7 @@ class Local:
         self.work = work
         self.model = build(work).to(device=DEVICE, dtype=getattr(torch, dtype))
         self.train, query = (part.to(DEVICE) for part in tokens(work))
-        self.metric = QueryLoss(query)
+        self.metric = QueryLoss(self.model, query)
         self.examples = Examples.from_sequences(self.train.tolist()).to(DEVICE)
         self.scores: Tensor | None = None
 
