@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -21,6 +21,13 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, no silent conversion of strings to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="after")
+    def _without_nul(self) -> Self:
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), str) and "\0" in value:
+                raise ValueError(f"{name} holds a NUL character, which no file, model or device has in its name")
+        return self
 
 
 class PatternOptions(Section):
