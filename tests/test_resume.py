@@ -231,6 +231,16 @@ def test_a_damaged_checkpoint_is_passed_over(stopped: RunFolder, reference: dict
     assert json.loads(stopped.info.read_text())["sessions"][0]["steps_lost"] == 1
 
 
+def test_what_a_kill_left_of_an_old_checkpoint_goes(stopped: RunFolder) -> None:
+    """A kill while the oldest of three was removed; no later checkpoint may come that would remove it."""
+    old = stopped.checkpoints / "step-0"
+    old.mkdir()
+    (old / "rng.safetensors").write_bytes(b"left")
+    assert [step for step, _ in checkpoints.found(stopped)] == [2, 1, 0]
+    checkpoints.forget_after(stopped, 2)
+    assert [step for step, _ in checkpoints.found(stopped)] == [2, 1]
+
+
 def test_without_any_good_checkpoint(stopped: RunFolder, reference: dict[str, Any]) -> None:
     for step, path in checkpoints.found(stopped):
         (path / "state.json").write_text(f"{step}")

@@ -259,11 +259,15 @@ def require_same(folder: RunFolder, config: Config) -> None:
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
-    """Remove the checkpoints of later steps: damaged ones, whose steps are done again."""
+    """Remove the checkpoints of later steps, damaged ones whose steps are done again, and what is left of old ones whose
+    removal was cut short."""
     with writing(folder.checkpoints):
-        for number, path in found(folder):
+        checkpoints = found(folder)
+        for number, path in checkpoints:
             if number > step:
                 shutil.rmtree(path)
+        for _, path in [(number, path) for number, path in checkpoints if number <= step][KEPT:]:
+            shutil.rmtree(path)
 
 
 def place(built: Built) -> str:
