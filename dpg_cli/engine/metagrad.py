@@ -362,6 +362,7 @@ def reverse(
             need_labels=labels,
             hvp_into=bar.theta if number else None,
         )
+        del theta, grad_bar  # before the tape makes the next state
         tokens[rows, :width] = dual.token_B_S
         if exact is not None:
             stats["precision_error"] = precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact)))
