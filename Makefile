@@ -30,8 +30,9 @@ demo: $(STAMP)  ## train the generator on the embedded default, verify with stoc
 	$(BIN)/dpg verify $(DEMO)
 	@echo "The picture: $(DEMO)/lm_head.png  The data: $(DEMO)/dataset/train.parquet"
 
+# a process for each core with one thread each: small operations gain nothing by a second thread
 test: $(STAMP)  ## all tests that CI needs
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

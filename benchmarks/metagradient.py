@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line sets it; bergson's process inherits both
 
 import numpy as np
 import torch

@@ -123,6 +123,22 @@ def tasks() -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparison(rows: list[dict]) -> list[str]:
+    """How many runs of each reward were verified, a line for each task, the preset itself first."""
+    found = []
+    for task in sorted({row["task"] for row in rows}):
+        own = [row for row in (*rows_of("tasks.jsonl"), *rows) if row["task"] == task]
+        counts: dict[str, list[bool]] = {}
+        for row in own:
+            name = row["method"] + (f" with {row['credit']} credit" if row["credit"] else "")
+            name += f", {row['times']} times the steps" if row["times"] > 1 else ""
+            counts.setdefault(name, []).append(bool(row.get("verified")))
+        found.append(
+            f"- `{task}`: " + "; ".join(f"{name} {sum(good)} of {len(good)}" for name, good in counts.items()) + "."
+        )
+    return found
+
+
 def controls() -> str:
     """The section of `tasks.py --method` and `--times`."""
     rows = sorted(
@@ -136,6 +152,9 @@ def controls() -> str:
         "",
         "`python benchmarks/tasks.py --method METHOD`: the same presets with another reward, or another credit, on `times` as many",
         "outer steps. Φ is always that of the configured optimiser on all completions of an outer step, first and last.",
+        "Runs that `dpg verify` accepts:",
+        "",
+        *comparison(rows),
         "",
         "| task | method | credit | times | examples | seed | Φ, first | Φ, last | data | verified |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -10,7 +10,7 @@ Each takes primal and tangent apart and has a hand-derived reverse; `dual.py` sa
 
     x̂ = σ (x - mean x)   ẋ̂ = σ (a - x̂ k),  a = ẋ - mean ẋ,  k = mean x̂ ⊙ a,  σ = 1/√(var x + ε)
     reverse             b = mean B ⊙ x̂      ẋ̄ = σ (B - mean B - x̂ b)      A' = A - σ (k B + b a)      (A, B: adjoints of x̂, ẋ̂)
-                        c̄ = σ (A' - x̂ (mean B ⊙ ẋ̂ + mean A' ⊙ x̂))        x̄ = c̄ - mean c̄
+                        x̄ = N(A') - σ x̂ mean B ⊙ ẋ̂,  N(u) = σ (u - mean u - x̂ mean x̂ ⊙ u)        (ẋ̂ = N(ẋ), ẋ̄ = N(B))
 
     y = f(x)        ẏ = f'(x) ẋ         reverse: ẋ̄ = f'(x) ẏ̄       x̄ = f'(x) ȳ + f''(x) ẋ ẏ̄          (elementwise)
 """
@@ -28,6 +28,7 @@ from dpg_cli.engine.optim import BLOCK
 from dpg_cli.engine.product import Precision, plus_times, times
 
 MaybeTensor = Tensor | None
+_aten = torch.ops.aten
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -179,6 +180,13 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _norm_adjoint(bar: Tensor, x: Tensor, mean: Tensor, sigma: Tensor, weight: MaybeTensor = None) -> Tensor:
+    """N(γ bar), N(u) = σ (u - mean u - x̂ mean x̂ ⊙ u): layer norm's adjoint by x, and its tangent, in one kernel."""
+    shape = [x.shape[-1]]
+    mask = [True, False, False]
+    return _aten.native_layer_norm_backward(bar.contiguous(), x, shape, mean, sigma, weight, None, mask)[0]
+
+
 class LayerNorm(torch.autograd.Function):
     """(x, γ, β) with tangents -> γ x̂ + β with its tangent, over the last axis."""
 
@@ -186,32 +194,36 @@ class LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_t: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, bias_t: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        sigma = torch.rsqrt(variance + eps)
-        normed = (x - mean).mul_(sigma)
-        centred = x_t - x_t.mean(-1, keepdim=True)
-        k = (normed * centred).mean(-1, keepdim=True)
-        normed_t = torch.addcmul(centred, normed, k, value=-1).mul_(sigma)
-        ctx.save_for_backward(normed, normed_t, centred, sigma, k, weight, weight_t)
+        x = x.contiguous()
+        normed, mean, sigma = torch.native_layer_norm(x, [x.shape[-1]], None, None, eps)
+        normed_t = _norm_adjoint(x_t, x, mean, sigma)
+        k = (normed * x_t).mean(-1, keepdim=True).mul_(sigma)
+        ctx.save_for_backward(x, mean, sigma, normed, normed_t, k, weight, weight_t)
         out_t = torch.addcmul(bias_t, normed, weight_t).addcmul_(normed_t, weight)
         return torch.addcmul(bias, normed, weight), out_t
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_bar: Tensor, out_t_bar: Tensor) -> tuple[Tensor | None, ...]:
-        normed, normed_t, centred, sigma, k, weight, weight_t = ctx.saved_tensors
-        width = normed.shape[-1]
-        weight_bar = (out_bar * normed).addcmul_(out_t_bar, normed_t).reshape(-1, width).sum(0)
-        weight_t_bar = (out_t_bar * normed).reshape(-1, width).sum(0)
-        bias_bar, bias_t_bar = out_bar.reshape(-1, width).sum(0), out_t_bar.reshape(-1, width).sum(0)
-        a = (out_bar * weight).addcmul_(out_t_bar, weight_t)
+        x, mean, sigma, normed, normed_t, k, weight, weight_t = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        weight_bar = weight_t_bar = bias_bar = bias_t_bar = None
+        if needs[2]:
+            weight_bar = _rows((out_bar * normed).addcmul_(out_t_bar, normed_t)).sum(0)
+        if needs[3]:
+            weight_t_bar = _rows(out_t_bar * normed).sum(0)
+        if needs[4]:
+            bias_bar = _rows(out_bar).sum(0)
+        if needs[5]:
+            bias_t_bar = _rows(out_t_bar).sum(0)
+        x_t_bar = _norm_adjoint(out_t_bar, x, mean, sigma, weight)
         b = out_t_bar * weight
         b_mean = (b * normed).mean(-1, keepdim=True)
-        x_t_bar = (b - b.mean(-1, keepdim=True)).addcmul_(normed, b_mean, value=-1).mul_(sigma)
-        a.sub_((b * k).addcmul_(centred, b_mean).mul_(sigma))
-        inner = (b * normed_t).addcmul_(a, normed).mean(-1, keepdim=True)
-        c_bar = a.addcmul_(normed, inner, value=-1).mul_(sigma)
-        x_bar = c_bar - c_bar.mean(-1, keepdim=True)
+        inner = (b * normed_t).mean(-1, keepdim=True).mul_(sigma)
+        # A' = A - σ k B - b (ẋ̂ + σ k x̂), since σ a = ẋ̂ + σ k x̂; `k` here is σ k
+        a = (out_bar * weight).addcmul_(out_t_bar, weight_t).addcmul_(b, k, value=-1)
+        a.addcmul_(normed_t, b_mean, value=-1).addcmul_(normed, b_mean * k, value=-1)
+        x_bar = _norm_adjoint(a, x, mean, sigma).addcmul_(normed, inner, value=-1)
         return x_bar, x_t_bar, weight_bar, weight_t_bar, bias_bar, bias_t_bar, None
 
 
@@ -255,7 +267,6 @@ def _silu_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
     return s.addcmul_(x, r), second
 
 
-_aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {  # f and f' times a vector (PyTorch's fused kernels); f' with f''
     "gelu": (_aten.gelu, _aten.gelu_backward, _gelu_slopes),
     "gelu_tanh": (

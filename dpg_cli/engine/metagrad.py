@@ -298,8 +298,8 @@ def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
     for name, after in run.space.views(theta).items():
         before = parameters[name].detach()
         for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
-            size += float(old.double().square().sum())
-            moved += float((new - old).double().square().sum())
+            size += float(torch.linalg.vector_norm(old)) ** 2
+            moved += float(torch.linalg.vector_norm(new - old)) ** 2
     if moved > RUNAWAY**2 * size > 0:
         raise DegenerateError(
             f"The inner run diverged: it moved the target's weights by {(moved / size) ** 0.5:.1e} times their own size.",
