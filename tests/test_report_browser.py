@@ -18,7 +18,9 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.ha
 def test_the_harness_sees_requests_and_errors(tmp_path: Path) -> None:
     """What the other tests find absent is found where it is present."""
     page = tmp_path / "bad.html"
-    page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('oh'); setTimeout(() => missing())</script>")
+    page.write_text(
+        "<img src='http://127.0.0.1:9/x.png'><script>console.error('oh'); setTimeout(() => missing())</script>"
+    )
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
         assert "http://127.0.0.1:9/x.png" in browser.requests
