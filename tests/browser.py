@@ -133,7 +133,8 @@ class Browser:
         if method == "Page.loadEventFired":
             self.loaded = True
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(parameters["exceptionDetails"])[:500])
+            details = parameters["exceptionDetails"]
+            self.complaints.append(details.get("exception", {}).get("description", details["text"]))
         elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
             self.complaints.append(json.dumps(parameters["args"])[:500])
         elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
