@@ -32,7 +32,8 @@ NOTES = """## What the figures mean
 - All contenders run with `OMP_WAIT_POLICY=passive`: their processes take turns, and a thread that spins would slow the other.
 - Everyone has PyTorch's defaults. With huge pages for everyone (`THP_MEM_ALLOC_ENABLE=1`, which the command line sets for itself) plain training
   gained most: W1 3.67 times plain, T1 2.47; bergson / ours 1.62 and 2.74; W3 2.94 and 1.96 (2026-11-26, three repeats, one for W3, with the
-  layer norm of before).
+  layer norm of before). Peaks in processes of their own, the states kept, `dpg attribute` and the stages were measured with huge
+  pages and that layer norm too.
 - GPT-2's dropout stays on in the paper's inner run. Ours is off (`model.eval()`): with it off the inner run is a deterministic
   function of data and weights, which finite differences, resuming and `dpg verify` rely on.
 - `bf16` rounds the operands of the backbone's linear maps; states, gradients, adjoints, Hessian-vector products, norms, attention,

@@ -10,7 +10,7 @@ from builders import HeldOutLoss, make_examples, make_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpg_cli.engine import OptimizerSpec, metagradient
+from dpg_cli.engine import OptimizerSpec, detect, metagradient
 from dpg_cli.engine.detect import (
     PATIENCE,
     Watch,
@@ -168,3 +168,17 @@ def test_zero_rewards_are_refused_unless_rewards_are_of_examples() -> None:
     with pytest.raises(DegenerateError, match="Every reward is zero"):
         refuse_dead_reward(zero)
     refuse_dead_reward(zero, per_example=True)
+
+
+@pytest.mark.parametrize("read", [3, 5000])
+def test_a_sample_of_many_coordinates_finds_the_few(monkeypatch: pytest.MonkeyPatch, read: int) -> None:
+    """A metric that reads three coordinates of many has them all; one that reads all has a regular sample."""
+    monkeypatch.setattr(detect, "SAMPLE", 100)
+    grad, theta_bar = torch.arange(1.0, 5001), torch.zeros(5000)
+    theta_bar[torch.arange(read) * (5000 // read)] = 1.0
+    found = observed(grad, theta_bar)
+    if read == 3:
+        assert found.tolist() == [1, 1667, 3333]
+    else:
+        assert 100 <= len(found) <= 400
+        assert float(found.median()) == pytest.approx(2500, rel=0.05)

@@ -266,7 +266,7 @@ def forget_after(folder: RunFolder, step: int) -> None:
         for number, path in checkpoints:
             if number > step:
                 shutil.rmtree(path)
-        for _, path in [(number, path) for number, path in checkpoints if number <= step][KEPT:]:
+        for path in [path for number, path in checkpoints if number <= step][KEPT:]:
             shutil.rmtree(path)
 
 
