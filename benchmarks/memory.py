@@ -35,7 +35,10 @@ def parameters_of(work: Workload) -> int:
 def predicted_mb(work: Workload, states: Any) -> float:
     """Peak memory that `--dry-run` and `dpg attribute` would predict."""
     rows = min(work.batch, max(1, 4096 // work.length))
-    need = Need(parameters_of(work), 4, work.steps, states, rows, work.length, work.layers, work.width, work.heads)
+    need = Need(
+        parameters_of(work), 4, work.steps, states, rows, work.length, work.layers, work.width, work.heads,
+        work.vocabulary, work.batch, work.batch * work.length,
+    )  # fmt: skip
     return (BASE_BYTES + need.bytes) / 1e6
 
 

@@ -181,7 +181,7 @@ def test_text_loss_in_pieces_equals_the_plain_one(tied: bool, tokens: int, monke
 
 
 def test_memory_plan_grows_with_steps_as_it_should_and_refuses_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = Need(10**8, 4, 256, "keep", 8, 128, 12, 768, 12)
+    need = Need(10**8, 4, 256, "keep", 8, 128, 12, 768, 12, 50257, 8)
     kept, root, disk = (replace(need, states=states).bytes for states in ("keep", "sqrt", "offload"))
     assert kept > 8 * root > 8 * disk
     assert replace(need, steps=1, states="sqrt").vectors == replace(need, steps=1).vectors == 5

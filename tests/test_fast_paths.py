@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from builders import HeldOutLoss, make_examples, make_target
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, dual_forms, metagradient
 from dpg_cli.engine import head as head_module
@@ -17,7 +20,8 @@ from dpg_cli.engine.dual_forms import ACTIVATIONS, Activation
 from dpg_cli.engine.head import find_head
 from dpg_cli.engine.metagrad import inner_run
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.tape import SqrtTape
+from dpg_cli.engine.remembered import Remembered
+from dpg_cli.engine.tape import Memory, SqrtTape, Step
 from dpg_cli.engine.target import TargetRun, dual_pass, loss_gradient
 from dpg_cli.errors import UsageError
 
@@ -67,20 +71,62 @@ def test_both_passes_equal_double_backward(
     direction = torch.randn(len(theta), dtype=torch.float64, generator=rng)
     loss, grad, product, tokens = plain_reference(run, theta, direction, batch, weights)
 
-    fast_grad, fast_loss = loss_gradient(run, theta, batch, weights)
+    remembered = Remembered()
+    fast_grad, fast_loss = loss_gradient(run, theta, batch, weights, remembered)
     assert abs(fast_loss - loss) < 1e-12
     assert relative(fast_grad, grad) < 1e-9
-    into = torch.ones_like(theta)
-    dual = dual_pass(run, theta, direction, batch, weights, need_hvp=True, need_labels=True, hvp_into=into)
-    assert dual.hvp is into
-    assert relative(into - 1, product) < 1e-9
-    assert relative(dual.token_B_S, tokens) < 1e-9
-    assert dual.label_B_S_V is not None
-    assert relative(dual.label_B_S_V.gather(-1, batch.ids_N_S[..., None])[..., 0], tokens) < 1e-9
-    assert bool((dual.label_B_S_V[~batch.label_N_S] == 0).all())
+    for known in (None, remembered):
+        into = torch.ones_like(theta)
+        dual = dual_pass(
+            run, theta, direction, batch, weights, need_hvp=True, need_labels=True, hvp_into=into, remembered=known
+        )
+        assert dual.hvp is into
+        assert relative(into - 1, product) < 1e-9
+        assert relative(dual.token_B_S, tokens) < 1e-9
+        assert dual.label_B_S_V is not None
+        assert relative(dual.label_B_S_V.gather(-1, batch.ids_N_S[..., None])[..., 0], tokens) < 1e-9
+        assert bool((dual.label_B_S_V[~batch.label_N_S] == 0).all())
+    assert not remembered.pieces
     cheap = dual_pass(run, theta, direction, batch, weights, need_hvp=False, need_labels=False)
     assert cheap.hvp is None
     assert relative(cheap.token_B_S, tokens) < 1e-9
+
+
+@pytest.mark.parametrize("closed_head", [True, False])
+def test_remembered_products_are_not_made_again(closed_head: bool) -> None:
+    model, batch = make_target("gpt2", tied=False), make_examples(5)
+    weights = torch.ones(5, dtype=torch.float64)
+    run = TargetRun(model, ParameterSpace(model), "token", batch.ids_N_S.shape[1], 2, closed_head)
+    theta = run.space.read(model)
+    direction = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    remembered, tight = Remembered(), Remembered(limit=10_000)
+    loss_gradient(run, theta, batch, weights, remembered)
+    loss_gradient(run, theta, batch, weights, tight)
+    assert 0 < tight.bytes <= 10_000 < remembered.bytes
+    counts, products = [], []
+    for known in (None, tight, remembered):
+        with FlopCounterMode(display=False) as counter:
+            dual = dual_pass(run, theta, direction, batch, weights, need_hvp=True, need_labels=False, remembered=known)
+        products.append(dual.hvp)
+        counts.append(counter.get_total_flops())
+    assert counts[0] > counts[1] > counts[2]
+    assert counts[2] < 0.8 * counts[0]
+    assert all(relative(other, products[0]) < 1e-12 for other in products[1:])
+
+
+def test_only_the_last_steps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = make_target("gpt2", tied=True), make_examples(12)
+    run = TargetRun(model, ParameterSpace(model), "token", examples.ids_N_S.shape[1])
+
+    def steps() -> list[Step]:
+        ones = torch.ones(12, dtype=torch.float64)
+        return inner_run(run, run.space.read(model), examples, ADAMW, ones, 3, remember=True).steps
+
+    every = [step.remembered for step in steps()]
+    sizes = [remembered.bytes for remembered in every if remembered is not None]
+    assert len(sizes) == 4
+    monkeypatch.setattr(tape_module, "LIMIT", sizes[2] + sizes[3])
+    assert [step.remembered is not None for step in steps()] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "lm_head", "transformer.wte"])
@@ -179,11 +225,27 @@ def test_every_choice_of_memory_gives_the_same(count: int, spec: OptimizerSpec) 
     kept = attribution(examples, spec, labels=True)
     for memory in ("sqrt", "offload"):
         other = attribution(examples, spec, labels=True, memory=memory)
-        assert torch.equal(other.token_N_S, kept.token_N_S)
+        assert relative(other.token_N_S, kept.token_N_S) < 1e-12
         assert other.label_N_S_V is not None
-        assert torch.equal(other.label_N_S_V, kept.label_N_S_V)
+        assert kept.label_N_S_V is not None
+        assert relative(other.label_N_S_V, kept.label_N_S_V) < 1e-12
         assert all(torch.equal(other.final[name], value) for name, value in kept.final.items())
         assert other.value == kept.value
+
+
+@pytest.mark.parametrize("memory", ["keep", "sqrt", "offload"])
+def test_no_tape_holds_the_first_weights_where_they_can_be_read_again(memory: Memory) -> None:
+    model, examples = make_target("gpt2", tied=True), make_examples(8)
+    run = TargetRun(model, ParameterSpace(model), "token", examples.ids_N_S.shape[1])
+    theta = run.space.read(model)
+    watch = weakref.ref(theta)
+    ones = torch.ones(8, dtype=torch.float64)
+    trace = inner_run(run, theta, examples, ADAMW, ones, 2, memory=memory, origin=lambda: run.space.read(model))
+    del theta
+    assert watch() is None
+    for _ in range(4):
+        step = trace.tape.pop()
+    assert torch.equal(step.before.theta, run.space.read(model))
 
 
 def test_sqrt_keeps_few_states_at_a_time() -> None:

@@ -14,7 +14,6 @@ from dpg_cli.errors import DpgError, one_line
 def main() -> None:
     """Entry point of `dpg`: runs the command and maps what it raises to one line on stderr and an exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep instead of spinning: other work goes on
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for PyTorch's large vectors: quicker to hand out
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]

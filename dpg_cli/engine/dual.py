@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpg_cli.engine.dual_forms import Activation, Attention, LayerNorm, Linear, Softmax
 from dpg_cli.engine.product import Precision
+from dpg_cli.engine.remembered import Piece
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,22 +99,35 @@ def _parts(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return primal, tangent
 
 
-def dual_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: Precision = "float32") -> Tensor:
+def dual_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: Precision = "float32",
+    piece: Piece | None = None,
+) -> Tensor:
     """`torch.nn.functional.linear` on dual tensors."""
     if weight.ndim != 2:
         raise NotImplementedError(f"a linear map with a weight of {weight.ndim} axes has no dual form here")
-    return forward_ad.make_dual(*Linear.apply(*_parts(x), *_parts(weight), *_parts(bias), precision))
+    products = None if piece is None else piece.next(weight)
+    return forward_ad.make_dual(*Linear.apply(*_parts(x), *_parts(weight), *_parts(bias), precision, products))
 
 
 def dual_addmm(
-    bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1, precision: Precision = "float32"
+    bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    precision: Precision = "float32",
+    piece: Piece | None = None,
 ) -> Tensor:
     """`torch.addmm` on dual tensors: what GPT-2 calls its linear maps by."""
     if beta != 1 or alpha != 1 or bias.ndim != 1:
         return torch.addmm(bias, x, weight, beta=beta, alpha=alpha)
-    primal, tangent = forward_ad.unpack_dual(weight)
-    turned = primal.mT, None if tangent is None else tangent.mT
-    return forward_ad.make_dual(*Linear.apply(*_parts(x), *turned, *_parts(bias), precision))
+    return dual_linear(x, weight.mT, bias, precision=precision, piece=piece)
 
 
 def dual_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -144,11 +158,12 @@ class DualMode(TorchFunctionMode):
 
     Args:
         precision: of the linear maps, see `product.py`.
+        piece: what the inner step's linear maps left of these rows.
     """
 
-    def __init__(self, precision: Precision = "float32") -> None:
+    def __init__(self, precision: Precision = "float32", piece: Piece | None = None) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.piece = precision, piece
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -156,7 +171,7 @@ class DualMode(TorchFunctionMode):
             kwargs.pop("_stacklevel", None)
             return dual_softmax(*args, **kwargs)
         if func in (torch.nn.functional.linear, torch.addmm):
-            kwargs["precision"] = self.precision
+            kwargs |= {"precision": self.precision, "piece": self.piece}
         return _REPLACED.get(func, func)(*args, **kwargs)
 
 

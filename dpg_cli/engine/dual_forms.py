@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpg_cli.engine.optim import BLOCK
 from dpg_cli.engine.product import Precision, plus_times, times
+from dpg_cli.engine.remembered import Products
 
 MaybeTensor = Tensor | None
+BLOCK = (
+    1 << 17
+)  # elements a thread and block of a chain of elementwise operations on the CPU: its temporaries stay cached
 _aten = torch.ops.aten
 
 
@@ -37,7 +40,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 class Linear(torch.autograd.Function):
-    """(X, Ẋ, W, Ẇ, b, ḃ) -> X Wᵀ + b with its tangent. W is (out, in), possibly a transposed view; tangents may be None."""
+    """(X, Ẋ, W, Ẇ, b, ḃ) -> X Wᵀ + b with its tangent. W is (out, in), possibly a transposed view; tangents may be None.
+
+    Of `products`, which the inner step left, X Wᵀ + b and Ẋ̄ are taken (see `remembered.py`).
+    """
 
     @staticmethod
     def forward(
@@ -49,15 +55,18 @@ class Linear(torch.autograd.Function):
         bias: MaybeTensor,
         bias_t: MaybeTensor,
         precision: Precision = "float32",
+        products: Products | None = None,
     ) -> tuple[Tensor, Tensor]:
         shape = (*x.shape[:-1], weight.shape[0])
         flat, flat_t = _rows(x), None if x_t is None else _rows(x_t)
         ctx.save_for_backward(flat, flat_t, weight, weight_t)
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.precision = x.shape, precision
-        out = times(flat, weight.mT, precision)
-        if bias is not None:
-            out.add_(bias)
+        ctx.shape, ctx.precision, ctx.products = x.shape, precision, products
+        out = None if products is None else products.take_out(len(flat))
+        if out is None:
+            out = times(flat, weight.mT, precision)
+            if bias is not None:
+                out.add_(bias)
         out_t = plus_times(None, flat_t, weight.mT, precision)
         out_t = plus_times(out_t, flat, None if weight_t is None else weight_t.mT, precision)
         if bias_t is not None:
@@ -77,7 +86,9 @@ class Linear(torch.autograd.Function):
         if need_x:
             x_bar = plus_times(plus_times(None, bar, weight, kind), bar_t, weight_t, kind)
         if need_x_t and bar_t is not None:
-            x_t_bar = times(bar_t, weight, kind)
+            x_t_bar = None if ctx.products is None else ctx.products.take_x_bar(len(bar_t))
+            if x_t_bar is None:
+                x_t_bar = times(bar_t, weight, kind)
         if need_weight:
             if weight.stride(-1) == 1 or weight.shape[-1] == 1:
                 first = plus_times(None, None if bar is None else bar.mT, x, kind)
@@ -93,6 +104,7 @@ class Linear(torch.autograd.Function):
             weight_bar,
             None,
             bias_bar,
+            None,
             None,
             None,
         )
@@ -228,7 +240,7 @@ class LayerNorm(torch.autograd.Function):
 
 
 def _blockwise(function: Any, outs: tuple[Tensor, ...], ins: tuple[Tensor, ...]) -> None:
-    """outs = function(*ins), elementwise on contiguous tensors, in blocks on the CPU (see `optim.BLOCK`)."""
+    """outs = function(*ins), elementwise on contiguous tensors, in blocks on the CPU."""
     first = outs[0]
     size = BLOCK * torch.get_num_threads() if first.device.type == "cpu" else max(1, first.numel())
     blocks = zip(*(tensor.view(-1).split(size) for tensor in (*outs, *ins)), strict=True)

@@ -11,7 +11,7 @@ and along a direction, with tangents ḣ, Ẇ, ȧ (DESIGN §2, step 4):
     Hessian-vector product of Σ c ℓ̇:   s = p ⊙ (ż - r),   e = p - e_y
     h̄ = c (s W + e Ẇ)        ḣ̄ = c e W        W̄ = sᵀ (c h) + eᵀ (c ḣ)        ā = Σ c s
 
-Only labelled tokens have logits, and only `CHUNK` logits exist at a time: memory does not grow with vocabulary × tokens.
+Only labelled tokens have logits, and only those of a chunk of tokens exist at a time: memory does not grow with vocabulary × tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from dpg_cli.engine.product import plus_times, times
 
-CHUNK = 1 << 22  # logits at a time; 16 MB in float32, which still makes large matrix products
+CHUNK = 1 << 22  # logits at a time; 16 MB in float32
+CHUNK_TOKENS = 256  # but no fewer tokens at a time: below, the products with a large vocabulary's head are slow
 
 _TOUCHED_LOGITS = (
     "final_logit_softcapping",
@@ -102,9 +103,14 @@ def find_head(model: nn.Module) -> Head | None:
     return Head(base, prefix + ".", names[id(layer.weight)], bias, layer)
 
 
+def chunk_logits(vocabulary: int) -> int:
+    """Most logits that exist at a time."""
+    return max(CHUNK, CHUNK_TOKENS * vocabulary)
+
+
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    """The tokens in chunks of about equal size, at most `CHUNK` logits each."""
-    count = max(1, -(-tokens * vocabulary // CHUNK))
+    """The tokens in chunks of about equal size, at most `chunk_logits` each."""
+    count = max(1, -(-tokens * vocabulary // chunk_logits(vocabulary)))
     size = max(1, -(-tokens // count))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -188,6 +194,7 @@ def second_order(
     mask_M: Tensor,
     labels_into: Tensor | None = None,
     places_M: Tensor | None = None,
+    tangent_bar: Tensor | None = None,
 ) -> HeadDual:
     """Credits along a direction and the head's part of the Hessian-vector product.
 
@@ -200,10 +207,13 @@ def second_order(
         weight_into, bias_into: W̄ and ā are added here.
         mask_M: mask / Z of each token, the factor of the credits.
         labels_into: (rows, V); credits of every label are written to its rows `places_M`.
+        tangent_bar: ḣ̄ where it is known: the first-order pass's h̄.
     """
     token = torch.empty_like(factors_M)
     hidden_bar = torch.empty_like(hidden_M_D) if need_hvp else None
-    tangent_bar = torch.empty_like(hidden_M_D) if need_hvp else None
+    known = tangent_bar is not None
+    if need_hvp and tangent_bar is None:
+        tangent_bar = torch.empty_like(hidden_M_D)
     for part in _chunks(len(labels_M), weight.shape[0]):
         hidden, tangent, labels, factors = hidden_M_D[part], tangent_M_D[part], labels_M[part, None], factors_M[part]
         probs = torch.softmax(_logits(hidden, weight, bias), -1)
@@ -225,7 +235,8 @@ def second_order(
         if weight_t is not None:
             plus_times(out, error, weight_t)
         hidden_bar[part] = out.mul_(factors)
-        tangent_bar[part] = times(error, weight).mul_(factors)
+        if not known:
+            tangent_bar[part] = times(error, weight).mul_(factors)
         if weight_into is not None:
             weight_into.addmm_(second.mT, hidden * factors).addmm_(error.mT, tangent * factors)
         if bias_into is not None:
@@ -248,4 +259,5 @@ class MeanLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if saved is None else saved * bar for saved in ctx.saved_tensors), None
+        # in place: nobody else holds them, and a second reverse, which would scale them twice, is refused by autograd
+        return *(None if saved is None else saved.mul_(bar) for saved in ctx.saved_tensors), None

@@ -21,13 +21,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.detect import regime
+from dpg_cli.engine.detect import SAMPLE, regime
+from dpg_cli.engine.dual import fused_activations
 from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, no_vector, update
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.product import Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.engine.tape import KeepTape, Memory, OriginTape, Tape, make_tape
+from dpg_cli.engine.remembered import Remembered
+from dpg_cli.engine.tape import KeepTape, Memory, OriginTape, Step, Tape, make_tape
 from dpg_cli.engine.target import Normalization, TargetRun, dual_pass, loss_gradient
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -35,15 +37,7 @@ from dpg_cli.metrics.base import TargetMetric
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 Progress = Callable[[str, int, int], None]  # phase, done, total
 WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
-SAMPLE = 1 << 20  # gradient entries that the median is taken of
-
-
-@dataclass(frozen=True)
-class InnerStep:
-    """One stored step of an inner run: the state before it and its gradient."""
-
-    before: State
-    grad: Tensor
+BLOCK = 1 << 20  # weights that are compared at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class InnerRun:
         batches: the rows (start, stop) of each step.
         theta: θ_T.
         losses: of each step.
-        gradient_median: median |g_0| over parameters with a gradient (of an even sample of about a million entries).
+        gradient_median: median |g_0| over parameters with a gradient (of an even sample).
     """
 
     tape: Tape
@@ -65,11 +59,11 @@ class InnerRun:
     gradient_median: float
 
     @property
-    def steps(self) -> list[InnerStep]:
+    def steps(self) -> list[Step]:
         """The stored steps, where all are kept in memory."""
         if not isinstance(self.tape, KeepTape):
             raise TypeError("only an inner run with memory='keep' has its steps at hand")
-        return [InnerStep(*step) for step in self.tape.steps]
+        return list(self.tape.steps)
 
 
 def inner_run(
@@ -82,6 +76,7 @@ def inner_run(
     progress: Progress | None = None,
     memory: Memory = "keep",
     origin: Callable[[], Tensor] | None = None,
+    remember: bool = False,
 ) -> InnerRun:
     """Fine-tune from θ_0 with fresh optimiser state, each example used once, in order.
 
@@ -94,13 +89,14 @@ def inner_run(
         batch_size: B; the last batch may be smaller. T = ceil(N / B).
         memory: which states are kept, see `tape.py`.
         origin: gives θ_0 again, so that it need not be kept.
+        remember: keep products for the dual passes of `reverse`, where the states are kept too.
     """
     batches = [(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
     total = len(batches)
 
-    def gradient(number: int, at: Tensor) -> tuple[Tensor, float]:
+    def gradient(number: int, at: Tensor, remembered: Remembered | None = None) -> tuple[Tensor, float]:
         start, stop = batches[number]
-        return loss_gradient(run, at, examples.rows(start, stop), weights_N[start:stop])
+        return loss_gradient(run, at, examples.rows(start, stop), weights_N[start:stop], remembered)
 
     tape = make_tape(
         memory,
@@ -117,8 +113,9 @@ def inner_run(
     del theta
     losses, median = [], 0.0
     for number in range(total):
-        grad, loss = gradient(number, state.theta)
-        tape.record(number, state, grad)
+        remembered = Remembered() if remember and memory == "keep" else None
+        grad, loss = gradient(number, state.theta, remembered)
+        tape.record(number, Step(state, grad, remembered))
         losses.append(loss)
         if number == 0:
             median = gradient_median(grad)
@@ -130,7 +127,7 @@ def inner_run(
 
 
 def gradient_median(grad: Tensor) -> float:
-    """Median of |g| over entries that are not zero, of at most about a million evenly spaced ones."""
+    """Median of |g| over entries that are not zero, of some ten thousand evenly spaced ones."""
     sample = grad[:: max(1, len(grad) // SAMPLE)].abs()
     moved = sample[sample > 0]
     return float(moved.median()) if moved.numel() else 0.0
@@ -149,7 +146,7 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     """
     flat = torch.zeros_like(theta)
     leaves = run.leaves(theta, flat)
-    with torch.enable_grad():
+    with torch.enable_grad(), fused_activations(run.model):
         value = metric(leaves, run.model)
     if value.ndim != 0 or not torch.isfinite(value):
         raise DegenerateError(
@@ -227,7 +224,7 @@ def metagradient(
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
         trace = inner_run(
-            run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read
+            run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read, True
         )
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
@@ -297,7 +294,7 @@ def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
     size = moved = 0.0
     for name, after in run.space.views(theta).items():
         before = parameters[name].detach()
-        for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
+        for old, new in zip(before.reshape(-1).split(BLOCK), after.reshape(-1).split(BLOCK), strict=True):
             size += float(torch.linalg.vector_norm(old)) ** 2
             moved += float(torch.linalg.vector_norm(new - old)) ** 2
     if moved > RUNAWAY**2 * size > 0:
@@ -339,7 +336,7 @@ def reverse(
     stats: dict[str, float] = {}
     exact: Tensor | None = None
     for number in reversed(range(total)):
-        before, grad = trace.tape.pop()
+        before, grad, remembered = trace.tape.pop()
         if number == 0:
             stats = regime(optimizer, grad, bar.theta)
             if run.precision != "float32":
@@ -361,8 +358,9 @@ def reverse(
             need_hvp=number > 0,
             need_labels=labels,
             hvp_into=bar.theta if number else None,
+            remembered=remembered,
         )
-        del theta, grad_bar  # before the tape makes the next state
+        del theta, grad_bar, remembered  # before the tape makes the next state
         tokens[rows, :width] = dual.token_B_S
         if exact is not None:
             stats["precision_error"] = precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact)))

@@ -104,7 +104,7 @@ def update(spec: OptimizerSpec, state: State, grad: Tensor, step: int, *, last: 
     Returns:
         The state after the step; new tensors, so that earlier states can be kept.
     """
-    theta_new, nothing = torch.empty_like(grad), grad[:0]
+    theta_new, nothing = torch.empty_like(grad), grad.new_empty(0)
     m_new = torch.empty_like(grad) if not last else theta_new  # then only to have blocks, never written as m
     if spec.name == "sgd":
         for theta, m, g, theta_out, m_out in _blocks(state.theta, state.m, grad, theta_new, m_new):
@@ -161,7 +161,7 @@ def adjoint(
     Where v' + ε_root = 0 the root's derivative is infinite while its numerator m' is 0: that term's limit is 0.
     """
     grad_out = grad if consume else torch.empty_like(grad)
-    nothing = State(grad[:0], grad[:0], grad[:0])
+    nothing = State(*(grad.new_empty(0),) * 3)
     theta_out = m_out = v_out = grad_out  # with `first` only to have blocks, never written
     if not first:
         theta_out = _writable(after.theta) if consume else torch.empty_like(grad)

@@ -10,7 +10,6 @@ Mixed precision ("bf16"): the operands of the backbone's linear maps are rounded
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from dpg_cli.engine.remembered import Piece, Products
 
 Precision = Literal["float32", "bf16"]
 SMALLEST = 1 << 20  # multiplications below which the choice of library does not matter
@@ -72,13 +73,22 @@ class PlainLinear(torch.autograd.Function):
     """(X, W (out, in), b) -> X Wᵀ + b by `times`, for first-order passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        precision: Precision = "float32",
+        products: Products | None = None,
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat, weight)
-        ctx.shape, ctx.precision = x.shape, precision
+        ctx.shape, ctx.precision, ctx.products = x.shape, precision, products
         out = times(flat, weight.mT, precision)
         if bias is not None:
             out.add_(bias)
+        if products is not None:
+            products.keep(out=out)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -86,32 +96,39 @@ class PlainLinear(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = bar.reshape(-1, bar.shape[-1])
-        x_bar = times(flat, weight, ctx.precision).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        x_bar = times(flat, weight, ctx.precision) if ctx.needs_input_grad[0] else None
+        if ctx.products is not None:
+            ctx.products.keep(x_bar=x_bar)
         weight_bar = None
         if ctx.needs_input_grad[1]:
             if weight.stride(-1) == 1 or weight.shape[-1] == 1:
                 weight_bar = times(flat.mT, x, ctx.precision)
             else:  # W is a transposed view: make the adjoint in the layout of what it is a view of
                 weight_bar = times(x.mT, flat, ctx.precision).mT
-        return x_bar, weight_bar, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+        bias_bar = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return None if x_bar is None else x_bar.view(ctx.shape), weight_bar, bias_bar, None, None
 
 
 class PlainMode(TorchFunctionMode):
-    """Within this context linear maps are `PlainLinear`."""
+    """Within this context linear maps are `PlainLinear`.
 
-    def __init__(self, precision: Precision) -> None:
+    Args:
+        precision: of their products.
+        piece: where these are left for the dual pass.
+    """
+
+    def __init__(self, precision: Precision = "float32", piece: Piece | None = None) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.piece = precision, piece
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and not kwargs and args[1].ndim == 2:
-            return PlainLinear.apply(args[0], args[1], args[2] if len(args) > 2 else None, self.precision)
+            return self._linear(args[0], args[1], args[2] if len(args) > 2 else None)
         if func is torch.addmm and not kwargs and len(args) == 3 and args[0].ndim == 1:
-            return PlainLinear.apply(args[1], args[2].mT, args[0], self.precision)
+            return self._linear(args[1], args[2].mT, args[0])
         return func(*args, **kwargs)
 
-
-def first_order_mode(precision: Precision) -> AbstractContextManager[Any]:
-    """The context of a first-order pass."""
-    return PlainMode(precision) if precision == "bf16" or prefer_onednn() else nullcontext()
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        products = None if self.piece is None else self.piece.add(weight)
+        return PlainLinear.apply(x, weight, bias, self.precision, products)

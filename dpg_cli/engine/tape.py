@@ -7,7 +7,8 @@ With n parameters and T steps, a state (θ, m, v) is 3n numbers and a gradient n
               T - √T more first-order passes (about a quarter more time)
     offload   as keep, but on disk (from an accelerator: in host memory): 4n numbers in memory
 
-All give the same numbers: what is computed again comes from the same operations on the same values.
+All give the same numbers: what is computed again comes from the same operations on the same values. `keep` also takes
+what the steps remember for the dual pass (`remembered.py`), of the last ones up to a limit, which rounds differently.
 """
 
 from __future__ import annotations
@@ -17,22 +18,30 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dpg_cli.engine.optim import State
+from dpg_cli.engine.remembered import LIMIT, Remembered
 from dpg_cli.errors import UsageError
 
 Memory = Literal["keep", "sqrt", "offload"]
-Step = tuple[State, Tensor]  # the state before a step, and its gradient
+
+
+class Step(NamedTuple):
+    """A step of an inner run: the state before it, its gradient, and products for its dual pass, or None."""
+
+    before: State
+    grad: Tensor
+    remembered: Remembered | None = None
 
 
 class Tape(Protocol):
     """States in the order of the steps; `pop` gives them back from the last to the first."""
 
-    def record(self, number: int, before: State, grad: Tensor) -> None:
+    def record(self, number: int, step: Step) -> None:
         """Step `number` (counted from 0) is done."""
 
     def pop(self) -> Step:
@@ -41,14 +50,22 @@ class Tape(Protocol):
 
 
 class KeepTape:
-    """Everything in memory."""
+    """Everything in memory; of the remembered products, those of the last steps, up to a limit of bytes."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def record(self, number: int, before: State, grad: Tensor) -> None:
+    def record(self, number: int, step: Step) -> None:
         """See `Tape`."""
-        self.steps.append((before, grad))
+        self.steps.append(step)
+        total = 0
+        for place in reversed(range(len(self.steps))):
+            remembered = self.steps[place].remembered
+            if remembered is None:
+                break
+            total += remembered.bytes
+            if total > LIMIT:
+                self.steps[place] = self.steps[place]._replace(remembered=None)
 
     def pop(self) -> Step:
         """See `Tape`."""
@@ -73,12 +90,12 @@ class SqrtTape:
         self.checkpoints: list[State] = []
         self.segment: list[Step] = []
 
-    def record(self, number: int, before: State, grad: Tensor) -> None:
+    def record(self, number: int, step: Step) -> None:
         """See `Tape`."""
         if number >= self.last_start:
-            self.segment.append((before, grad))
+            self.segment.append(step)
         elif number % self.length == 0:
-            self.checkpoints.append(before)
+            self.checkpoints.append(step.before)
 
     def pop(self) -> Step:
         """See `Tape`."""
@@ -87,7 +104,7 @@ class SqrtTape:
             state = self.checkpoints.pop()
             for number in range(start, start + self.length):
                 grad = self.gradient(number, state.theta)
-                self.segment.append((state, grad))
+                self.segment.append(Step(state, grad))
                 if number < start + self.length - 1:
                     state = self.update(number, state, grad)
         return self.segment.pop()
@@ -105,7 +122,7 @@ class OffloadTape:
     """
 
     def __init__(self, total: int, like: Tensor) -> None:
-        self.like = like[:0]
+        self.like = like.new_empty(0)
         self.size = len(like)
         self.on_disk = like.device.type == "cpu"
         self.steps: list[list[Tensor | int | None]] = []
@@ -147,9 +164,9 @@ class OffloadTape:
             view = view[self.file.readinto(view) :]
         return vector
 
-    def record(self, number: int, before: State, grad: Tensor) -> None:
+    def record(self, number: int, step: Step) -> None:
         """See `Tape`."""
-        self.steps.append([self._put(vector) for vector in (*before, grad)])
+        self.steps.append([self._put(vector) for vector in (*step.before, step.grad)])
 
     def pop(self) -> Step:
         """See `Tape`."""
@@ -161,7 +178,7 @@ class OffloadTape:
                 self.file.truncate(first)
         else:
             vectors = [self._take(place) for place in places]
-        return State(*vectors[:3]), vectors[3]
+        return Step(State(*vectors[:3]), vectors[3])
 
 
 class OriginTape:
@@ -176,16 +193,18 @@ class OriginTape:
         self.tape, self.read = tape, read
         self.left = 0
 
-    def record(self, number: int, before: State, grad: Tensor) -> None:
+    def record(self, number: int, step: Step) -> None:
         """See `Tape`."""
         self.left = number + 1
-        self.tape.record(number, before if number else before._replace(theta=before.theta[:0]), grad)
+        if not number:
+            step = step._replace(before=step.before._replace(theta=step.before.theta.new_empty(0)))
+        self.tape.record(number, step)
 
     def pop(self) -> Step:
         """See `Tape`."""
         self.left -= 1
-        state, grad = self.tape.pop()
-        return (state if self.left else state._replace(theta=self.read())), grad
+        step = self.tape.pop()
+        return step if self.left else step._replace(before=step.before._replace(theta=self.read()))
 
 
 def make_tape(

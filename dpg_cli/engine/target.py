@@ -21,9 +21,10 @@ from torch.func import functional_call
 from dpg_cli.engine.dual import DualMode, fused_activations
 from dpg_cli.engine.head import Head, find_head, first_order, second_order
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.product import Precision, first_order_mode
+from dpg_cli.engine.product import PlainMode, Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.remembered import Piece, Remembered
 
 Normalization = Literal["token", "example"]
 CPU_TOKENS = 4096  # of an automatic micro-batch on the CPU: activations stay near the cores' caches
@@ -134,7 +135,9 @@ def _backward(outputs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -
         torch.autograd.backward([o for o, _ in live], [b for _, b in live], inputs=list(leaves.values()))
 
 
-def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Tensor) -> tuple[Tensor, float]:
+def loss_gradient(
+    run: TargetRun, theta: Tensor, batch: Examples, weights_B: Tensor, remembered: Remembered | None = None
+) -> tuple[Tensor, float]:
     """g = ∇_θ Σ_i w_i Σ_s mask_is ℓ_is / Z, and the loss itself.
 
     Args:
@@ -142,6 +145,7 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
         theta: θ, shape (n,).
         batch: one inner batch.
         weights_B: data weights.
+        remembered: takes products that a dual pass over this batch at this θ can use.
 
     Returns:
         The gradient, shape (n,), and the weighted loss; both of the whole batch.
@@ -152,11 +156,12 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
     scale = 1.0 / run.normalizer(batch)
     with fused_activations(run.model):
         for rows, piece in run.pieces(batch):
+            made = None if remembered is None else remembered.add()
             if run.head is None:
-                loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale)
+                loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
                 continue
             tokens = Labelled.of(piece, weights_B[rows], scale)
-            with torch.enable_grad(), first_order_mode(run.precision):
+            with torch.enable_grad(), PlainMode(run.precision, made):
                 hidden = hidden_of(run.head, leaves, piece)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
@@ -165,16 +170,18 @@ def loss_gradient(run: TargetRun, theta: Tensor, batch: Examples, weights_B: Ten
                 tokens.weighted_M, weight.grad, None if bias is None else bias.grad,
             )  # fmt: skip
             loss_sum += loss
+            if made is not None:
+                made.keep_hidden_bar(bar)
             hidden_bar = torch.zeros_like(flat).index_copy_(0, tokens.before_M, bar).view_as(hidden)
             _backward([(hidden, hidden_bar)], leaves)
     return run.ranks.sum_(total), run.ranks.total(loss_sum)
 
 
 def _plain_gradient(
-    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float
+    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None
 ) -> float:
     """The same through the model's own logits."""
-    with torch.enable_grad(), first_order_mode(run.precision):
+    with torch.enable_grad(), PlainMode(run.precision, made):
         logits = logits_of(run.model, leaves, piece)
         labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
@@ -209,6 +216,7 @@ def dual_pass(
     need_hvp: bool,
     need_labels: bool,
     hvp_into: Tensor | None = None,
+    remembered: Remembered | None = None,
 ) -> DualResult:
     """Token credits and the Hessian-vector product in one forward-over-reverse pass (DESIGN §2, step 4).
 
@@ -226,6 +234,7 @@ def dual_pass(
         need_hvp: also reverse through the dual forward (not needed at t = 0).
         need_labels: also keep the credit of every label.
         hvp_into: add the product here instead of to new zeros.
+        remembered: what `loss_gradient` left of this batch at this θ with these weights; used up.
     """
     scale = 1.0 / run.normalizer(batch)
     hvp = None
@@ -237,10 +246,11 @@ def dual_pass(
     leaves, tangents = run.leaves(theta, hvp), run.space.views(direction)
     head = run.head
     for rows, piece in run.pieces(batch):
+        made = None if remembered is None else remembered.next()
         with (
             torch.set_grad_enabled(need_hvp),
             forward_ad.dual_level(),
-            DualMode(run.precision),
+            DualMode(run.precision, made),
             fused_activations(run.model),
         ):
             duals = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
@@ -257,7 +267,10 @@ def dual_pass(
         if head is None:
             bars = _plain_second_order(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp)
         else:
-            bars, credit_M = _head_second_order(head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp)
+            known = None if made is None else made.hidden_bar
+            bars, credit_M = _head_second_order(
+                head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known
+            )
             tokens[rows, :width] = (
                 theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
             )
@@ -278,8 +291,9 @@ def _head_second_order(
     marked: Labelled,
     every: Tensor | None,
     need_hvp: bool,
+    known: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-    """The adjoints of a piece's hidden states and tangents, and the credits of its labelled tokens.
+    """The adjoints of a piece's hidden states and tangents (`known`, or None), and the credits of its labelled tokens.
 
     The head's own adjoints go to the leaves' `.grad`, the credits of every label to `every` (rows, S, V).
     """
@@ -305,6 +319,7 @@ def _head_second_order(
         mask_M=marked.mask_M,
         labels_into=None if every is None else every.view(-1, every.shape[-1]),
         places_M=places,
+        tangent_bar=known,
     )
     if result.hidden_bar is None or result.tangent_bar is None:
         return None, result.token_M

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpg_cli.engine.head import Head, MeanLoss, find_head
+from dpg_cli.engine.product import PlainMode
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.target import hidden_of
 from dpg_cli.metrics.head import HeadChange
@@ -27,7 +28,8 @@ def piece_loss(head: Head | None, parameters: dict[str, Tensor], model: nn.Modul
     if head is None:
         logits = functional_call(model, parameters, (), {"input_ids": piece.ids_N_S, "use_cache": False}).logits
         return cross_entropy(logits.flatten(0, 1)[places - 1], labels)
-    hidden = hidden_of(head, parameters, piece).flatten(0, 1)[places - 1]
+    with PlainMode():
+        hidden = hidden_of(head, parameters, piece).flatten(0, 1)[places - 1]
     weight, bias = head.parameters(parameters)
     return MeanLoss.apply(hidden, weight, bias, labels)
 
@@ -45,6 +47,7 @@ class TextLossMetric(HeadChange):
         super().__init__(model)
         self.documents = documents
         self.about = about
+        self.tokens_at_once = min(TOKENS, documents.ids_N_S.numel())
         self.pieces: tuple[Head | None, list[Examples]] | None = None
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:

@@ -3,10 +3,11 @@
 With n parameters, T inner steps and segments of K = ⌈√T⌉ steps, the vectors of n numbers that live at once are (the model
 itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
 
-    keep  4T + 1        sqrt  3 ⌈T/K⌉ + 4K + 5        offload  10
+    keep  4T (5 for T = 1)        sqrt  3 ⌈T/K⌉ + 4K + 4        offload  9
 
 Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
-layer. The LM head takes a few chunks of logits, whatever the vocabulary.
+layer; of the tokens that the metric reads at once, about 20. The LM head takes a few chunks of logits. `keep` remembers products of the
+last steps (`engine/remembered.py`), about 16 hidden vectors a token and layer, up to a limit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from dpg_cli.engine.head import CHUNK
+from dpg_cli.engine.head import chunk_logits
+from dpg_cli.engine.remembered import LIMIT
 from dpg_cli.engine.tape import Memory
 from dpg_cli.errors import UsageError
 from dpg_cli.models import LanguageModel
@@ -36,7 +38,9 @@ class Need:
         steps: T.
         states: which states are kept.
         rows, length: of a micro-batch: examples, tokens of each.
-        layers, width, heads: of the target.
+        layers, width, heads, vocabulary: of the target.
+        batch: rows of an inner batch.
+        metric_tokens: that the metric reads at once.
         extra: bytes besides, such as credits of every label.
     """
 
@@ -49,12 +53,17 @@ class Need:
     layers: int
     width: int
     heads: int
+    vocabulary: int
+    batch: int
+    metric_tokens: int = 0
     extra: float = 0.0
 
     @classmethod
-    def of(cls, target: LanguageModel, steps: int, rows: int, length: int, states: Memory, extra: float = 0.0) -> Need:
+    def of(
+        cls, target: LanguageModel, steps: int, rows: int, length: int, states: Memory, batch: int, metric_tokens: int
+    ) -> Need:
         """The need of a target's run."""
-        config, width = target.model.config, target.head.shape[1]
+        config, (vocabulary, width) = target.model.config, target.head.shape
         return cls(
             parameters=target.parameter_count,
             element=target.head.element_size(),
@@ -65,22 +74,40 @@ class Need:
             layers=getattr(config, "num_hidden_layers", 12),
             width=width,
             heads=getattr(config, "num_attention_heads", 12),
-            extra=extra,
+            vocabulary=vocabulary,
+            batch=batch,
+            metric_tokens=metric_tokens,
         )
 
     @property
     def vectors(self) -> int:
         """Vectors of n numbers at the peak."""
         segment = math.isqrt(max(0, self.steps - 1)) + 1
-        kept = {"keep": 4 * self.steps + 1, "sqrt": 3 * -(-self.steps // segment) + 4 * segment + 5, "offload": 10}
+        kept = {
+            "keep": max(5, 4 * self.steps),
+            "sqrt": 3 * -(-self.steps // segment) + 4 * segment + 4,
+            "offload": 9,
+        }
         return min(kept[self.states], kept["keep"])
 
     @property
     def bytes(self) -> float:
         """The peak, without what Python and its libraries take."""
-        tokens = self.rows * self.length
-        activations = tokens * self.layers * (40 * self.width + 3 * self.heads * self.length)
-        return (self.vectors * self.parameters + activations + 5 * CHUNK) * self.element + self.extra
+        dual = self.rows * self.length * self.layers * (40 * self.width + 3 * self.heads * self.length)
+        activations = max(dual, 20 * self.metric_tokens * self.layers * self.width)
+        logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
+        numbers = self.vectors * self.parameters + activations + logits
+        return numbers * self.element + min(LIMIT, self.remembered_steps * self._products) + self.extra
+
+    @property
+    def _products(self) -> float:
+        """Bytes of a step's remembered products."""
+        return 16.0 * self.batch * self.length * self.layers * self.width * self.element
+
+    @property
+    def remembered_steps(self) -> int:
+        """How many of the last steps keep products for their dual pass."""
+        return min(self.steps, -(-LIMIT // max(1, int(self._products)))) if self.states == "keep" else 0
 
 
 def machine_bytes(device: torch.device) -> float:

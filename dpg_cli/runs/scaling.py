@@ -198,7 +198,9 @@ def operations(job: Job) -> dict[str, float]:
     """Floating-point operations of an outer step by part, of all ranks together."""
     steps, total = job.inner_steps, job.examples
     forward_t = 2.0 * job.target.parameters * total * job.target_tokens
-    reverse = (3 + 8 * (steps - 1)) / steps * forward_t if job.attributed else 0.0
+    known = need_of(job).remembered_steps  # each spares its dual pass two forward-sized products, the first step one
+    dual = 3 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
+    reverse = dual / steps * forward_t if job.attributed else 0.0
     reverse += 3 * forward_t * computed_again(job) / steps
     read, written = job.prompts * job.prompt_tokens, total * job.completion_tokens
     return {
@@ -228,6 +230,8 @@ def need_of(job: Job, world: int = 1) -> Need:
         layers=job.target.layers,
         width=job.target.width,
         heads=job.target.heads,
+        vocabulary=job.target.vocabulary,
+        batch=-(-job.inner_batch // world),
     )
 
 

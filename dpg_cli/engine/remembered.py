@@ -1,0 +1,118 @@
+"""What an inner step's first-order pass has made already, so that the dual pass over the same rows need not make it again.
+
+The dual pass repeats the inner step twice over. Its primal values are those of the step's forward; and since Σ c ℓ̇ is
+linear in the tangents, its adjoints of tangents, Ẋ̄, are the step's own adjoints X̄. Of the eleven forward-sized products of
+a step and its dual pass that is two: X Wᵀ + b and X̄ = Ȳ W of every linear map, and h̄ of the LM head. They take the memory
+of activations, about 16 hidden vectors a token and layer, so there is a limit, beyond which only the last steps are
+remembered: those that the reverse pass begins with.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LIMIT = 1 << 29  # bytes of an inner run's products
+
+Place = tuple[int, torch.Size]  # of a weight: where it begins in θ, and its shape
+
+
+def place_of(weight: Tensor) -> Place:
+    """What tells a weight from the others of a model, in both passes."""
+    return int(weight.storage_offset()), weight.shape
+
+
+@dataclass(eq=False)
+class Products:
+    """What one call of a linear map made.
+
+    Attributes:
+        room: what it counts against.
+        out: X Wᵀ + b, shape (rows, out), or None.
+        x_bar: X̄, shape (rows, in), or None.
+    """
+
+    room: Remembered
+    out: Tensor | None = None
+    x_bar: Tensor | None = None
+
+    def keep(self, *, out: Tensor | None = None, x_bar: Tensor | None = None) -> None:
+        """Take these, while there is room."""
+        if out is not None and self.room.admits(out):
+            self.out = out
+        if x_bar is not None and self.room.admits(x_bar):
+            self.x_bar = x_bar
+
+    def take_out(self, rows: int) -> Tensor | None:
+        """`out`, given away; None if it was of other rows than these."""
+        out, self.out = self.out, None
+        return out if out is not None and len(out) == rows else None
+
+    def take_x_bar(self, rows: int) -> Tensor | None:
+        """`x_bar`, given away; None if it was of other rows than these."""
+        x_bar, self.x_bar = self.x_bar, None
+        return x_bar if x_bar is not None and len(x_bar) == rows else None
+
+
+@dataclass(eq=False)
+class Piece:
+    """The products of one micro-batch.
+
+    Attributes:
+        room: what they count against.
+        linears: of each linear map of the backbone, in the order of its calls.
+        hidden_bar: h̄ of the labelled tokens, shape (M, D), or None.
+    """
+
+    room: Remembered
+    linears: dict[Place, deque[Products]] = field(default_factory=lambda: defaultdict(deque))
+    hidden_bar: Tensor | None = None
+
+    def add(self, weight: Tensor) -> Products:
+        """For a first-order pass: where the next call of this weight's map puts what it makes."""
+        products = Products(self.room)
+        self.linears[place_of(weight)].append(products)
+        return products
+
+    def next(self, weight: Tensor) -> Products | None:
+        """For a dual pass: what the next call of this weight's map has made before."""
+        known = self.linears.get(place_of(weight))
+        return known.popleft() if known else None
+
+    def keep_hidden_bar(self, hidden_bar: Tensor) -> None:
+        """Take h̄, while there is room."""
+        if self.room.admits(hidden_bar):
+            self.hidden_bar = hidden_bar
+
+
+@dataclass(eq=False)
+class Remembered:
+    """The products of one inner step, in the order of its micro-batches; it stops taking more at `limit` bytes.
+
+    Attributes:
+        bytes: of all that it has taken.
+    """
+
+    limit: int = LIMIT
+    bytes: int = 0
+    pieces: deque[Piece] = field(default_factory=deque)
+
+    def add(self) -> Piece:
+        """For a first-order pass: the next micro-batch."""
+        self.pieces.append(Piece(self))
+        return self.pieces[-1]
+
+    def next(self) -> Piece | None:
+        """For a dual pass: the next micro-batch, given away."""
+        return self.pieces.popleft() if self.pieces else None
+
+    def admits(self, tensor: Tensor) -> bool:
+        """Whether there is room for a tensor; it is counted if so."""
+        size = tensor.numel() * tensor.element_size()
+        if self.bytes + size > self.limit:
+            return False
+        self.bytes += size
+        return True
