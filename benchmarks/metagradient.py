@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 from dpg_cli.engine.head import find_head
 from dpg_cli.errors import DegenerateError
-from dpg_cli.metrics.text_loss import piece_loss
+from dpg_cli.metrics.text_loss import in_pieces, mean_loss
 
 DEVICE = torch.device(os.environ.get("DPG_BENCH_DEVICE", "cpu"))  # --device, also for the processes that this starts
 SPEC = OptimizerSpec("adamw", lr=1e-3, beta1=0.95, beta2=0.975, eps=1e-8, eps_root=1e-8, weight_decay=0.01)
@@ -81,10 +81,10 @@ class QueryLoss:
     """
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self.head, self.examples = find_head(model), Examples.from_sequences(ids.tolist()).to(ids.device)
+        self.head, self.pieces = find_head(model), in_pieces(Examples.from_sequences(ids.tolist()).to(ids.device))
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-        return -piece_loss(self.head, dict(parameters), model, self.examples)
+        return -mean_loss(self.head, parameters, model, self.pieces)
 
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
         return {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpg_cli.engine.head import Head, MeanLoss, find_head
@@ -18,7 +19,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.engine.target import hidden_of
 from dpg_cli.metrics.head import HeadChange
 
-TOKENS = 8192  # of documents in the model at once
+TOKENS = 4096  # of documents in the model at once
 
 
 def piece_loss(head: Head | None, parameters: dict[str, Tensor], model: nn.Module, piece: Examples) -> Tensor:
@@ -34,6 +35,52 @@ def piece_loss(head: Head | None, parameters: dict[str, Tensor], model: nn.Modul
     return MeanLoss.apply(hidden, weight, bias, labels)
 
 
+class PiecewiseLoss(torch.autograd.Function):
+    """(pieces, parameters) -> mean loss of all their labelled tokens, with the gradient taken a piece at a time.
+
+    One piece's activations live at once, and nothing is computed twice; one more vector of the parameters' size does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head | None, model: nn.Module, pieces: list[Examples], names: list[str], *values: Tensor
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[4:]
+        given = {
+            name: value.detach().requires_grad_(need) for name, value, need in zip(names, values, needed, strict=True)
+        }
+        leaves = [value for value in given.values() if value.requires_grad]
+        counts = [int(piece.label_N_S.sum()) for piece in pieces]
+        total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
+        with torch.set_grad_enabled(bool(leaves)):
+            for piece, count in zip(pieces, counts, strict=True):
+                loss = piece_loss(head, given, model, piece) * (count / sum(counts))
+                if leaves:
+                    torch.autograd.backward(loss, inputs=leaves)
+                total += loss.detach()
+        ctx.save_for_backward(*(value.grad for value in given.values()))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad.mul_(bar) for grad in ctx.saved_tensors)  # in place, as `MeanLoss` does
+        return None, None, None, None, *grads
+
+
+def in_pieces(documents: Examples) -> list[Examples]:
+    """Documents, at most `TOKENS` tokens at a time."""
+    size = max(1, TOKENS // documents.ids_N_S.shape[1])
+    return [documents.rows(start, start + size) for start in range(0, len(documents), size)]
+
+
+def mean_loss(head: Head | None, parameters: Mapping[str, Tensor], model: nn.Module, pieces: list[Examples]) -> Tensor:
+    """Mean loss of the labelled tokens of all pieces, with a graph to the parameters."""
+    if len(pieces) == 1:
+        return piece_loss(head, dict(parameters), model, pieces[0])
+    return PiecewiseLoss.apply(head, model, pieces, list(parameters), *parameters.values())
+
+
 class TextLossMetric(HeadChange):
     """Φ = -Σ_documents Σ_tokens ℓ / tokens.
 
@@ -47,32 +94,15 @@ class TextLossMetric(HeadChange):
         super().__init__(model)
         self.documents = documents
         self.about = about
-        self.tokens_at_once = min(TOKENS, documents.ids_N_S.numel())
+        self.tokens_read = documents.ids_N_S.numel()
         self.pieces: tuple[Head | None, list[Examples]] | None = None
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-        """Φ; see the class.
-
-        Documents go through the model a few thousand tokens at a time and are computed again for the gradient, and a
-        standard LM head comes in closed form, so that memory grows with neither the documents nor the vocabulary.
-        """
+        """Φ; memory grows with neither the documents (see `PiecewiseLoss`) nor a standard LM head's vocabulary."""
         if self.pieces is None:
-            head = find_head(model)
-            size = max(1, TOKENS // self.documents.ids_N_S.shape[1])
-            count = len(self.documents)
-            self.pieces = head, [self.documents.rows(start, start + size) for start in range(0, count, size)]
+            self.pieces = find_head(model), in_pieces(self.documents)
         head, pieces = self.pieces
-        total = int(self.documents.label_N_S.sum())
-        value: Tensor | None = None
-        for piece in pieces:
-            if len(pieces) == 1 or not torch.is_grad_enabled():
-                loss = piece_loss(head, dict(parameters), model, piece)
-            else:
-                loss = checkpoint(piece_loss, head, dict(parameters), model, piece, use_reentrant=False)
-            share = loss * (int(piece.label_N_S.sum()) / total)
-            value = share if value is None else value + share
-        assert value is not None
-        return -value
+        return -mean_loss(head, parameters, model, pieces)
 
     @torch.no_grad()
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:

@@ -175,8 +175,8 @@ def attribute(
     rows = micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
     inner = config.inner
     steps = -(-len(examples) // inner.batch_size)
-    length, at_once = examples.ids_N_S.shape[1], getattr(metric, "tokens_at_once", 0)
-    need = Need.of(target, steps, min(rows, inner.batch_size), length, inner.states, inner.batch_size, at_once)
+    length, read = examples.ids_N_S.shape[1], getattr(metric, "tokens_read", 0)
+    need = Need.of(target, steps, min(rows, inner.batch_size), length, inner.states, inner.batch_size, read)
     check_memory(
         need,
         target.head.device,

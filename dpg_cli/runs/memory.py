@@ -6,7 +6,8 @@ itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
     keep  4T (5 for T = 1)        sqrt  3 ⌈T/K⌉ + 4K + 4        offload  9
 
 Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
-layer; of the tokens that the metric reads at once, about 20. The LM head takes a few chunks of logits. `keep` remembers products of the
+layer; of the tokens that the metric reads at once, about 20. Where it reads several times as many, its gradient is summed in
+one more vector. The LM head takes a few chunks of logits. `keep` remembers products of the
 last steps (`engine/remembered.py`), about 16 hidden vectors a token and layer, up to a limit.
 """
 
@@ -23,6 +24,7 @@ from dpg_cli.engine.head import chunk_logits
 from dpg_cli.engine.remembered import LIMIT
 from dpg_cli.engine.tape import Memory
 from dpg_cli.errors import UsageError
+from dpg_cli.metrics.text_loss import TOKENS
 from dpg_cli.models import LanguageModel
 
 BASE_BYTES = 450e6  # resident memory of Python, torch and transformers before any model
@@ -40,7 +42,7 @@ class Need:
         rows, length: of a micro-batch: examples, tokens of each.
         layers, width, heads, vocabulary: of the target.
         batch: rows of an inner batch.
-        metric_tokens: that the metric reads at once.
+        metric_tokens: that the metric reads.
         extra: bytes besides, such as credits of every label.
     """
 
@@ -94,9 +96,10 @@ class Need:
     def bytes(self) -> float:
         """The peak, without what Python and its libraries take."""
         dual = self.rows * self.length * self.layers * (40 * self.width + 3 * self.heads * self.length)
-        activations = max(dual, 20 * self.metric_tokens * self.layers * self.width)
+        activations = max(dual, 20 * min(TOKENS, self.metric_tokens) * self.layers * self.width)
         logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
-        numbers = self.vectors * self.parameters + activations + logits
+        vectors = self.vectors + (self.metric_tokens > TOKENS)
+        numbers = vectors * self.parameters + activations + logits
         return numbers * self.element + min(LIMIT, self.remembered_steps * self._products) + self.extra
 
     @property
