@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("DPG_BENCH_HUGE_PAGES", os.environ.get("THP_MEM_ALLOC_ENABLE", ""))  # importing dpg_cli sets it
+os.environ.setdefault("DPG_BENCH_HUGE_PAGES", os.environ.get("THP_MEM_ALLOC_ENABLE", ""))  # our engine sets it
 
 import numpy as np
 import torch
