@@ -25,15 +25,22 @@ and T = 96 × 1024 examples of 128 tokens); it has not been measured.
 NOTES = """## What the figures mean
 
 - *plain*: the same training by `torch.optim.AdamW`, PyTorch's own matrix products. *floor*: the least possible multiple of plain
-  training by counting matrix products (a step 3F; the reverse 3F at t = 0, 8F elsewhere). Ours may fall below it, because
-  `engine/product.py` multiplies by oneDNN on processors that Intel did not make, where PyTorch's MKL is slower.
+  training by counting matrix products (a step 3F; the reverse 2F at t = 0, 6F elsewhere, since the dual pass takes 2F from the step
+  itself, `engine/remembered.py`; the metric's own gradient, which costs as much as a step here, is left out). Ours may fall below it on
+  processors that Intel did not make, where `engine/product.py` multiplies by oneDNN and PyTorch's MKL is slower.
 - bergson wants torch below 2.10; here it runs on the same torch as ours, which it does (its own pin is overridden). It saves
   the state at every step, so that it computes nothing twice.
 - All contenders run with `OMP_WAIT_POLICY=passive`: their processes take turns, and a thread that spins would slow the other.
-- Everyone has PyTorch's defaults. With huge pages for everyone (`THP_MEM_ALLOC_ENABLE=1`, which the command line sets for itself) plain training
-  gained most: W1 3.67 times plain, T1 2.47; bergson / ours 1.62 and 2.74; W3 2.94 and 1.96 (2026-11-26, three repeats, one for W3, with the
-  layer norm of before). Peaks in processes of their own, the states kept, `dpg attribute` and the stages were measured with huge
-  pages and that layer norm too.
+- bergson has PyTorch's and the C library's defaults. Our engine sets its process's allocator (`dpg_cli/allocator.py`: huge pages, and
+  freed memory of tensors up to 16 MB is kept); plain training runs in the same process and has it too. With the same for everyone
+  (`THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_THRESHOLD_=16777216 MALLOC_TRIM_THRESHOLD_=2147483647`) bergson / ours is 2.02 on W1, 2.47 on T1,
+  2.42 on W3, and ours / plain 2.93, 2.20, 2.97 (2026-11-26, five repeats, one for W3).
+- `keep` holds up to 512 MB of remembered products (`engine/remembered.py`), `sqrt` and `offload` none; before there were any, T = 16
+  with `keep` took 759 MB, of which T = 256 with `sqrt` is 1.42 times.
+- What bounds the factor: of the 1.6 s of W1 about 0.75 s are matrix products; the rest is elementwise, in thousands of calls for each
+  of which a thread wakes up (10,400 context switches a metagradient, 3,100 in plain training). Of the 16 s of W3 about 10 s are matrix
+  products, at 230 to 280 GFLOP/s where the two cores reach 300: bergson's time divided by four is what these products take alone.
+  What was tried is in the log, 2026-11-26.
 - GPT-2's dropout stays on in the paper's inner run. Ours is off (`model.eval()`): with it off the inner run is a deterministic
   function of data and weights, which finite differences, resuming and `dpg verify` rely on.
 - `bf16` rounds the operands of the backbone's linear maps; states, gradients, adjoints, Hessian-vector products, norms, attention,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpg_cli import allocator
 from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, dual_forms, metagradient
 from dpg_cli.engine import head as head_module
 from dpg_cli.engine import tape as tape_module
@@ -127,6 +131,21 @@ def test_only_the_last_steps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(sizes) == 4
     monkeypatch.setattr(tape_module, "LIMIT", sizes[2] + sizes[3])
     assert [step.remembered is not None for step in steps()] == [False, False, True, True]
+
+
+def test_what_is_forgotten_is_free_at_once() -> None:
+    model, batch = make_target("gpt2", tied=False), make_examples(5)
+    run = TargetRun(model, ParameterSpace(model), "token", batch.ids_N_S.shape[1], 2)
+    remembered = Remembered()
+    loss_gradient(run, run.space.read(model), batch, torch.ones(5, dtype=torch.float64), remembered)
+    first = next(iter(remembered.pieces[0].linears.values()))[0].out
+    watch = weakref.ref(first)
+    gc.disable()  # no cycle may keep it
+    try:
+        del remembered, first
+        assert watch() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "lm_head", "transformer.wte"])
@@ -266,3 +285,28 @@ def test_offload_refuses_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tape_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(UsageError, match="TMPDIR"):
         attribution(make_examples(4), ADAMW, memory="offload")
+
+
+@pytest.mark.parametrize(
+    ("given", "calls", "pages"),
+    [
+        ({}, [(-3, allocator.KEPT), (-1, 2**31 - 1)], "1"),
+        ({"DPG_ALLOCATOR": "default"}, [], None),
+        ({"MALLOC_TRIM_THRESHOLD_": "1000", "THP_MEM_ALLOC_ENABLE": "0"}, [], "0"),
+    ],
+)
+def test_the_allocator_is_set_unless_the_user_has_set_it(
+    given: dict[str, str], calls: list[tuple[int, int]], pages: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    for name in ("DPG_ALLOCATOR", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    allocator.settle()
+    assert made == calls
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == pages

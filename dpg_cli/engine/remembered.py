@@ -26,6 +26,27 @@ def place_of(weight: Tensor) -> Place:
 
 
 @dataclass(eq=False)
+class Room:
+    """How many bytes may be kept, and are. Whatever counts against it holds it, and it holds nothing: no cycles keep memory.
+
+    Attributes:
+        limit: bytes.
+        bytes: of all tensors that were admitted.
+    """
+
+    limit: int
+    bytes: int = 0
+
+    def admits(self, tensor: Tensor) -> bool:
+        """Whether there is room for a tensor; it is counted if so."""
+        size = tensor.numel() * tensor.element_size()
+        if self.bytes + size > self.limit:
+            return False
+        self.bytes += size
+        return True
+
+
+@dataclass(eq=False)
 class Products:
     """What one call of a linear map made.
 
@@ -35,7 +56,7 @@ class Products:
         x_bar: X̄, shape (rows, in), or None.
     """
 
-    room: Remembered
+    room: Room
     out: Tensor | None = None
     x_bar: Tensor | None = None
 
@@ -67,7 +88,7 @@ class Piece:
         hidden_bar: h̄ of the labelled tokens, shape (M, D), or None.
     """
 
-    room: Remembered
+    room: Room
     linears: dict[Place, deque[Products]] = field(default_factory=lambda: defaultdict(deque))
     hidden_bar: Tensor | None = None
 
@@ -88,31 +109,27 @@ class Piece:
             self.hidden_bar = hidden_bar
 
 
-@dataclass(eq=False)
 class Remembered:
-    """The products of one inner step, in the order of its micro-batches; it stops taking more at `limit` bytes.
+    """The products of one inner step, in the order of its micro-batches.
 
-    Attributes:
-        bytes: of all that it has taken.
+    Args:
+        limit: bytes that it may take.
     """
 
-    limit: int = LIMIT
-    bytes: int = 0
-    pieces: deque[Piece] = field(default_factory=deque)
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.room = Room(limit)
+        self.pieces: deque[Piece] = deque()
+
+    @property
+    def bytes(self) -> int:
+        """Of all that it has taken."""
+        return self.room.bytes
 
     def add(self) -> Piece:
         """For a first-order pass: the next micro-batch."""
-        self.pieces.append(Piece(self))
+        self.pieces.append(Piece(self.room))
         return self.pieces[-1]
 
     def next(self) -> Piece | None:
         """For a dual pass: the next micro-batch, given away."""
         return self.pieces.popleft() if self.pieces else None
-
-    def admits(self, tensor: Tensor) -> bool:
-        """Whether there is room for a tensor; it is counted if so."""
-        size = tensor.numel() * tensor.element_size()
-        if self.bytes + size > self.limit:
-            return False
-        self.bytes += size
-        return True
