@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import FalconConfig, FalconForCausalLM
 
 from dpg_cli import allocator
 from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, dual_forms, metagradient
@@ -146,6 +148,38 @@ def test_what_is_forgotten_is_free_at_once() -> None:
         assert watch() is None
     finally:
         gc.enable()
+
+
+def falcon() -> nn.Module:
+    """Multi-query attention, and residuals that are added in place."""
+    config = FalconConfig(
+        vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0
+    )
+    return FalconForCausalLM(config).double().eval()
+
+
+def writing_llama() -> nn.Module:
+    """A model that writes to what a linear map gave."""
+    model = make_target("llama", tied=False)
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: output.mul_(1.5))
+    return model
+
+
+@pytest.mark.parametrize("make", [falcon, writing_llama])
+def test_a_model_may_write_to_what_its_linear_maps_give(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, batch = make(), make_examples(5)
+    weights = torch.ones(5, dtype=torch.float64)
+    run = TargetRun(model, ParameterSpace(model), "token", batch.ids_N_S.shape[1])
+    theta = run.space.read(model)
+    direction = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, grad, product, tokens = plain_reference(run, theta, direction, batch, weights)
+    remembered = Remembered()
+    assert relative(loss_gradient(run, theta, batch, weights, remembered)[0], grad) < 1e-9
+    dual = dual_pass(run, theta, direction, batch, weights, need_hvp=True, need_labels=False, remembered=remembered)
+    assert dual.hvp is not None
+    assert relative(dual.hvp, product) < 1e-9
+    assert relative(dual.token_B_S, tokens) < 1e-9
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "lm_head", "transformer.wte"])

@@ -57,6 +57,8 @@ def dual_attention(
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    if key.shape[:-2] != query.shape[:-2]:  # multi-query attention: one head of keys for all
+        key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))
     bias = None
     if is_causal or attn_mask is not None:
         keep = attn_mask

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpg_cli.engine.product import Precision, plus_times, times
+from dpg_cli.engine.product import Precision, own_view, plus_times, times
 from dpg_cli.engine.remembered import Products
 
 MaybeTensor = Tensor | None
@@ -72,7 +72,7 @@ class Linear(torch.autograd.Function):
         if bias_t is not None:
             out_t = bias_t.expand(out.shape).clone() if out_t is None else out_t.add_(bias_t)
         out_t = torch.zeros_like(out) if out_t is None else out_t
-        return out.view(shape), out_t.view(shape)
+        return own_view(out, shape), own_view(out_t, shape)
 
     @staticmethod
     @once_differentiable

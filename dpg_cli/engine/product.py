@@ -69,6 +69,11 @@ def plus_times(
     return total.addmm_(left, right)
 
 
+def own_view(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A function's result in its shape; not a view to autograd, so that a model may write to it (Falcon's residuals do)."""
+    return torch.ops.aten._unsafe_view(matrix, shape)
+
+
 class PlainLinear(torch.autograd.Function):
     """(X, W (out, in), b) -> X Wᵀ + b by `times`, for first-order passes."""
 
@@ -87,9 +92,7 @@ class PlainLinear(torch.autograd.Function):
         out = times(flat, weight.mT, precision)
         if bias is not None:
             out.add_(bias)
-        if products is not None:
-            products.keep(out=out)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return own_view(out, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -130,5 +133,9 @@ class PlainMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        products = None if self.piece is None else self.piece.add(weight)
-        return PlainLinear.apply(x, weight, bias, self.precision, products)
+        if self.piece is None:
+            return PlainLinear.apply(x, weight, bias, self.precision)
+        products = self.piece.add(weight)
+        out = PlainLinear.apply(x, weight, bias, self.precision, products)
+        products.keep(out=out.detach())
+        return out

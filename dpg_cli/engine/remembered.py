@@ -52,25 +52,29 @@ class Products:
 
     Attributes:
         room: what it counts against.
-        out: X Wᵀ + b, shape (rows, out), or None.
+        out: X Wᵀ + b, shape (..., out), or None.
         x_bar: X̄, shape (rows, in), or None.
     """
 
     room: Room
     out: Tensor | None = None
     x_bar: Tensor | None = None
+    version: int = 0
 
     def keep(self, *, out: Tensor | None = None, x_bar: Tensor | None = None) -> None:
         """Take these, while there is room."""
         if out is not None and self.room.admits(out):
-            self.out = out
+            self.out, self.version = out, out._version
         if x_bar is not None and self.room.admits(x_bar):
             self.x_bar = x_bar
 
     def take_out(self, rows: int) -> Tensor | None:
-        """`out`, given away; None if it was of other rows than these."""
+        """`out` as a matrix, given away; None if it was of other rows than these, or the model has written to it since."""
         out, self.out = self.out, None
-        return out if out is not None and len(out) == rows else None
+        if out is None or out._version != self.version:
+            return None
+        out = out.reshape(-1, out.shape[-1])
+        return out if len(out) == rows else None
 
     def take_x_bar(self, rows: int) -> Tensor | None:
         """`x_bar`, given away; None if it was of other rows than these."""
