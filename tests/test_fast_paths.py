@@ -151,7 +151,7 @@ def test_what_is_forgotten_is_free_at_once() -> None:
 
 
 def falcon() -> nn.Module:
-    """Multi-query attention, and residuals that are added in place."""
+    """Multi-query attention."""
     config = FalconConfig(
         vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0
     )

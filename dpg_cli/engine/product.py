@@ -70,7 +70,7 @@ def plus_times(
 
 
 def own_view(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A function's result in its shape; not a view to autograd, so that a model may write to it (Falcon's residuals do)."""
+    """A function's result in its shape; not a view to autograd, so that a model may write to it."""
     return torch.ops.aten._unsafe_view(matrix, shape)
 
 
