@@ -127,7 +127,7 @@ def inner_run(
 
 
 def gradient_median(grad: Tensor) -> float:
-    """Median of |g| over entries that are not zero, of some ten thousand evenly spaced ones."""
+    """Median of |g| over entries that are not zero, of at most about a million evenly spaced ones."""
     sample = grad[:: max(1, len(grad) // SAMPLE)].abs()
     moved = sample[sample > 0]
     return float(moved.median()) if moved.numel() else 0.0
