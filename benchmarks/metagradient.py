@@ -5,9 +5,9 @@
 Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8,
 ε_root 1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW.
 The floor counts matrix products: a plain step is 3F; the reverse costs 2F at t = 0 and 6F at every other step, since it
-takes 2F from the step itself. Ratios are
-medians over the repeats of the ratio within each. Peak memory is of a process of its own. PYTHON is one of an
-environment with bergson 0.26.1 in it; it then takes part in every repeat, and in float64 its scores are compared with ours.
+takes 2F from the step itself. Ratios are medians over the repeats of the ratio within each. Peak memory is of a process
+of its own. PYTHON is one of an environment with bergson 0.26.1 in it; it then takes part in every repeat, and in float64
+its scores are compared with ours.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class InnerConfig(Section):
     states: Literal["keep", "sqrt", "offload"] = Field(
         "keep",
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
-        "(from an accelerator: in host memory); changes nothing but memory and time",
+        "(from an accelerator: in host memory); changes memory and time, and rounding",
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32",

@@ -180,6 +180,17 @@ def test_text_loss_in_pieces_equals_the_plain_one(tied: bool, tokens: int, monke
         assert float((theirs - ours).norm() / theirs.norm()) < 1e-11
 
 
+@pytest.mark.parametrize("tokens", [text_loss.TOKENS, 1])
+def test_a_text_loss_refuses_a_second_reverse(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are scaled in place, so that a second one would be wrong."""
+    monkeypatch.setattr(text_loss, "TOKENS", tokens)
+    model = make_target("gpt2", tied=False)
+    value = TextLossMetric(model, make_examples(4), "")(dict(model.named_parameters()), model)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 def test_memory_plan_grows_with_steps_as_it_should_and_refuses_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     need = Need(10**8, 4, 256, "keep", 8, 128, 12, 768, 12, 50257, 8)
     kept, root, disk = (replace(need, states=states).bytes for states in ("keep", "sqrt", "offload"))

@@ -29,8 +29,7 @@ FIGURES = (  # of an outer step, that the watch reads
     *("same_completions", "policy_grad_norm", "entropy"),
 )
 MOVED = 0.01  # share of the weights, under which an inner run changed nothing
-SAMPLE = 2**20  # coordinates that quantiles are taken of; fewer would tell rare shares of small models wrongly
-BLOCK = 2**20  # coordinates that are looked at at once
+SAMPLE = 2**20  # coordinates that quantiles are taken of
 
 
 def observed(grad: Tensor, theta_bar: Tensor) -> Tensor:
@@ -39,12 +38,12 @@ def observed(grad: Tensor, theta_bar: Tensor) -> Tensor:
     A metric that reads most of a large model is sampled before it is masked; one that reads few coordinates is walked in
     blocks, which finds them all. No mask, index or copy of the vectors' size exists.
     """
-    read = sum(int(torch.count_nonzero(part)) for part in theta_bar.split(BLOCK))
-    thin = max(1, len(grad) // (4 * BLOCK)) if 2 * read > len(grad) else 1
+    read = sum(int(torch.count_nonzero(part)) for part in theta_bar.split(SAMPLE))
+    thin = max(1, len(grad) // (4 * SAMPLE)) if 2 * read > len(grad) else 1
     grad, theta_bar = grad[::thin], theta_bar[::thin]
     found = [
         values[(bar != 0) & (values != 0)].abs()
-        for bar, values in zip(theta_bar.split(BLOCK), grad.split(BLOCK), strict=True)
+        for bar, values in zip(theta_bar.split(SAMPLE), grad.split(SAMPLE), strict=True)
     ]
     values = torch.cat(found)
     return values[:: max(1, values.numel() // SAMPLE)]

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.detect import SAMPLE, regime
+from dpg_cli.engine.detect import regime
 from dpg_cli.engine.dual import fused_activations
 from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, no_vector, update
 from dpg_cli.engine.params import ParameterSpace
@@ -37,7 +37,7 @@ from dpg_cli.metrics.base import TargetMetric
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 Progress = Callable[[str, int, int], None]  # phase, done, total
 WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
-BLOCK = 1 << 20  # weights that are compared at once
+SAMPLE = 1 << 20  # gradient entries that the median is taken of
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def metagradient(
         micro_batch: rows in memory at once; changes nothing beyond rounding. 0: see `TargetRun`.
         labels: also return the credit of every label, (N, S, V) numbers.
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
-            accelerator: into host memory). Changes time and memory, not the result.
+            accelerator: into host memory). Changes time and memory, and the result by rounding alone.
         precision: "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has `precision_error`, the
             relative error of the token credits at the first inner step.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
@@ -294,7 +294,7 @@ def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
     size = moved = 0.0
     for name, after in run.space.views(theta).items():
         before = parameters[name].detach()
-        for old, new in zip(before.reshape(-1).split(BLOCK), after.reshape(-1).split(BLOCK), strict=True):
+        for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
             size += float(torch.linalg.vector_norm(old)) ** 2
             moved += float(torch.linalg.vector_norm(new - old)) ** 2
     if moved > RUNAWAY**2 * size > 0:

@@ -43,7 +43,6 @@ class Need:
         layers, width, heads, vocabulary: of the target.
         batch: rows of an inner batch.
         metric_tokens: that the metric reads.
-        extra: bytes besides, such as credits of every label.
     """
 
     parameters: int
@@ -58,7 +57,6 @@ class Need:
     vocabulary: int
     batch: int
     metric_tokens: int = 0
-    extra: float = 0.0
 
     @classmethod
     def of(
@@ -100,7 +98,7 @@ class Need:
         logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
         vectors = self.vectors + (self.metric_tokens > TOKENS)
         numbers = vectors * self.parameters + activations + logits
-        return numbers * self.element + min(LIMIT, self.remembered_steps * self._products) + self.extra
+        return numbers * self.element + min(LIMIT, self.remembered_steps * self._products)
 
     @property
     def _products(self) -> float:
