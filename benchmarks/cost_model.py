@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dpg_cli.runs.cost import EFFICIENCY
+from dpg_cli.planning.cost import EFFICIENCY
 
 CASES = {  # name: threads, task and settings
     "pattern-67, N = 128, T = 2, 1 thread": (1, "pattern-67", ("prompts.per_step=32", "inner.batch_size=64")),

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from dpg_cli.patterns import pattern_from_text
-from dpg_cli.presets import find, resolve
-from dpg_cli.render import pattern_image, save_png
+from dpg_cli.artefacts.rows import ROWS_AT_ONCE, SCHEMA
+from dpg_cli.patterns.pattern import pattern_from_text
+from dpg_cli.patterns.render import pattern_image, save_png
 from dpg_cli.runs.folder import RunFolder, write_json
-from dpg_cli.runs.rows import ROWS_AT_ONCE, SCHEMA
+from dpg_cli.settings.presets import find, resolve
 from dpg_cli.tiny import MODEL_DIR
 
 TOKENS = 32

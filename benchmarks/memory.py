@@ -21,7 +21,7 @@ from typing import Any
 
 from metagradient import WORKLOADS, Workload, peak_bytes
 
-from dpg_cli.runs.memory import BASE_BYTES, Need
+from dpg_cli.planning.memory import BASE_BYTES, Need
 
 SMALL = Workload(64, 1, 2, 1024, 64, 2, 8)
 

@@ -39,7 +39,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
-from dpg_cli.engine.head import find_head
+from dpg_cli.engine.inner.head import find_head
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.text_loss import in_pieces, mean_loss
 

@@ -26,16 +26,16 @@ NOTES = """## What the figures mean
 
 - *plain*: the same training by `torch.optim.AdamW`, PyTorch's own matrix products. *floor*: the least possible multiple of plain
   training by counting matrix products (a step 3F; the reverse 2F at t = 0, 6F elsewhere, since the dual pass takes 2F from the step
-  itself, `engine/remembered.py`; the metric's own gradient, which costs as much as a step here, is left out). Ours may fall below it on
-  processors that Intel did not make, where `engine/product.py` multiplies by oneDNN and PyTorch's MKL is slower.
+  itself, `engine/inner/remembered.py`; the metric's own gradient, which costs as much as a step here, is left out). Ours may fall below it on
+  processors that Intel did not make, where `engine/inner/product.py` multiplies by oneDNN and PyTorch's MKL is slower.
 - bergson wants torch below 2.10; here it runs on the same torch as ours, which it does (its own pin is overridden). It saves
   the state at every step, so that it computes nothing twice.
 - All contenders run with `OMP_WAIT_POLICY=passive`: their processes take turns, and a thread that spins would slow the other.
-- bergson has PyTorch's and the C library's defaults. Our engine sets its process's allocator (`dpg_cli/allocator.py`: huge pages, and
+- bergson has PyTorch's and the C library's defaults. Our engine sets its process's allocator (`dpg_cli/models/allocator.py`: huge pages, and
   freed memory of tensors up to 16 MB is kept); plain training runs in the same process and has it too. With the same for everyone
   (`THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_THRESHOLD_=16777216 MALLOC_TRIM_THRESHOLD_=2147483647`) bergson / ours is 2.02 on W1, 2.47 on T1,
   2.42 on W3, and ours / plain 2.93, 2.20, 2.97 (2026-11-26, five repeats, one for W3).
-- `keep` holds up to 512 MB of remembered products (`engine/remembered.py`), `sqrt` and `offload` none; before there were any, T = 16
+- `keep` holds up to 512 MB of remembered products (`engine/inner/remembered.py`), `sqrt` and `offload` none; before there were any, T = 16
   with `keep` took 759 MB, of which T = 256 with `sqrt` is 1.42 times.
 - What bounds the factor: of the 1.6 s of W1 about 0.75 s are matrix products; the rest is elementwise, in thousands of calls for each
   of which a thread wakes up (10,400 context switches a metagradient, 3,100 in plain training). Of the 16 s of W3 about 10 s are matrix

@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dpg_cli.engine.rollout import Sampling, encode_prompts, sample
-from dpg_cli.models import load
+from dpg_cli.engine.generator.rollout import Sampling, encode_prompts, sample
+from dpg_cli.models.loading import load
 from dpg_cli.tiny import world
 
 PROMPTS, GROUP, TOKENS = 64, 4, 32

@@ -1,4 +1,4 @@
-"""The paper's five experiments, and a 70B target, laid out on 1, 8 and 64 GPUs by the cost model `dpg_cli/runs/scaling.py`.
+"""The paper's five experiments, and a 70B target, laid out on 1, 8 and 64 GPUs by the cost model `dpg_cli/planning/scaling.py`.
 
     python benchmarks/scaling.py            print the tables as Markdown
     python benchmarks/scaling.py --write    put them into docs/scaling.md, between its markers
@@ -13,9 +13,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dpg_cli.config import Config
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.scaling import Device, Job, Prediction, Size, job_of, predict
+from dpg_cli.planning.scaling import Device, Job, Prediction, Size, job_of, predict
+from dpg_cli.settings.config import Config
+from dpg_cli.settings.presets import find, resolve
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- begin: benchmarks/scaling.py -->", "<!-- end: benchmarks/scaling.py -->"

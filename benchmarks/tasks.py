@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from dpg_cli.presets import find_task
+from dpg_cli.settings.presets import find_task
 
 RESULTS = Path(__file__).parent / "results"
 LANGUAGES = ("es", "de", "fr", "it")

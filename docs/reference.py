@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dpg_cli.cli.app import app
-from dpg_cli.config import METRIC_NAMES, Config, MetricOptions
+from dpg_cli.settings.config import METRIC_NAMES, Config, MetricOptions
 
 DOCS = Path(__file__).parent
 MARKUP = re.compile(r"\[/?(bold|dim|green|red|cyan|italic)[^\]]*\]")

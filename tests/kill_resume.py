@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import dpg_cli.runs.execute  # noqa: F401  loaded once, before the forks
+    import dpg_cli.driver.execute  # noqa: F401  loaded once, before the forks
 
     with tempfile.TemporaryDirectory() as place:
         figures = kill_and_resume(Path(place), arguments.kills, arguments.seed, lambda t: sys.stderr.write(t + "\n"))

@@ -24,20 +24,20 @@ from accelerate import PartialState
 from builders import HeldOutLoss, make_examples, make_target
 
 from dpg_cli.cli import main as dpg
-from dpg_cli.config import ModelsConfig
+from dpg_cli.driver.assist import assist
+from dpg_cli.driver.execute import StopRequest, execute
 from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, attribute_examples
-from dpg_cli.engine.credit import assign
-from dpg_cli.engine.policy import PolicySpec, policy_step
+from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.policy import PolicySpec, policy_step
+from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.ranks import Ranks
-from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.errors import InterruptedRunError
 from dpg_cli.integrations import trl as reward
-from dpg_cli.models import load_generator
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.assist import assist
-from dpg_cli.runs.execute import StopRequest, execute
+from dpg_cli.models.loading import load_generator
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import ModelsConfig
+from dpg_cli.settings.presets import find, resolve
 from dpg_cli.tiny import world
 
 WORLDS = (1, 2, 4)

@@ -14,7 +14,7 @@ import tomli_w
 from PIL import Image
 from tokenizers import Tokenizer
 
-from dpg_cli.runs.dataset import SCHEMA
+from dpg_cli.artefacts.dataset import SCHEMA
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.tiny import MODEL_DIR, world
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpg_cli.cli import main
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.execute import execute
+from dpg_cli.driver.execute import execute
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.presets import find, resolve
 
 EXAMPLES = 48
 SETTINGS = [

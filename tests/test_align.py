@@ -15,8 +15,8 @@ from tokenizers import decoders as decoding
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dpg_cli.engine.agreement import agreement
-from dpg_cli.engine.align import (
+from dpg_cli.engine.generator.agreement import agreement
+from dpg_cli.engine.generator.align import (
     byte_alphabet,
     completion_texts,
     decode_with_ends,
@@ -24,7 +24,7 @@ from dpg_cli.engine.align import (
     read_completions,
 )
 from dpg_cli.engine.records import Metagradient, Rollout
-from dpg_cli.models import LanguageModel, load
+from dpg_cli.models.loading import LanguageModel, load
 from dpg_cli.tiny import world
 
 CPU = torch.device("cpu")
@@ -252,10 +252,10 @@ def test_agreement_by_hand(tmp_path) -> None:
 
 def test_attribution_across_tokenisers_keeps_each_examples_reward(tmp_path) -> None:
     """The whole of `attribute`, on checkpoints of two architectures."""
-    from dpg_cli.config import validate
+    from dpg_cli.driver.build import build
+    from dpg_cli.engine.generator.rollout import sample
     from dpg_cli.engine.loop import attribute
-    from dpg_cli.engine.rollout import sample
-    from dpg_cli.runs.build import build
+    from dpg_cli.settings.config import validate
 
     save_instruct_llama(tmp_path / "llama")
     save_gpt2(tmp_path / "gpt2")

@@ -15,12 +15,12 @@ from builders import HeldOutLoss, make_examples, make_target, save_instruct_llam
 from typer.testing import CliRunner
 
 from dpg_cli.cli.app import app
-from dpg_cli.engine import head as head_module
+from dpg_cli.engine.inner import head as head_module
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics import text_loss
 from dpg_cli.metrics.text_loss import TextLossMetric
-from dpg_cli.runs import memory
-from dpg_cli.runs.memory import Need, check_memory
+from dpg_cli.planning import memory
+from dpg_cli.planning.memory import Need, check_memory
 from dpg_cli.tiny import world
 
 BLANK = ("--set", "models.target_init=random")

@@ -23,8 +23,8 @@ from dpg_cli.engine.attribution import (
     split,
     take,
 )
-from dpg_cli.engine.credit import assign
-from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_loss
+from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_loss
 from dpg_cli.errors import DegenerateError
 
 ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-4, weight_decay=0.1)

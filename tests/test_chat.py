@@ -8,13 +8,13 @@ import pytest
 import torch
 from builders import save_gpt2, save_instruct_llama
 
-from dpg_cli.chat import prompt_format
-from dpg_cli.config import validate
-from dpg_cli.engine.rollout import Sampling, sample
+from dpg_cli.data.chat import prompt_format
+from dpg_cli.driver.build import build
+from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.evidence.text import completions
-from dpg_cli.models import LanguageModel, load
-from dpg_cli.runs.build import build
+from dpg_cli.models.loading import LanguageModel, load
+from dpg_cli.settings.config import validate
 
 CPU = torch.device("cpu")
 

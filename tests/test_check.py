@@ -13,18 +13,18 @@ import torch
 from builders import HeldOutLoss, make_examples, make_target
 from test_cli import dpg
 
-from dpg_cli.cli.check import check as command
-from dpg_cli.cli.run import run
+from dpg_cli.cli.commands.check import check as command
+from dpg_cli.cli.commands.run import run
 from dpg_cli.cli.settings import OPTIONS
-from dpg_cli.config import Config
 from dpg_cli.engine import OptimizerSpec
-from dpg_cli.engine.agreement import Agreement
 from dpg_cli.engine.attribution import InnerSettings
+from dpg_cli.engine.generator.agreement import Agreement
 from dpg_cli.evidence.check import check
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
 from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
 from dpg_cli.evidence.check_reward import exploration, movement, tokenisers
-from dpg_cli.presets import find, resolve
+from dpg_cli.settings.config import Config
+from dpg_cli.settings.presets import find, resolve
 
 NAMES = [
     "tokenisers", "exploration", "movement", "reward spread", "epsilon", "finite differences", "metasmoothness",

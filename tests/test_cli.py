@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpg_cli.patterns import pattern_from_image, pattern_from_text
-from dpg_cli.render import text_pattern
+from dpg_cli.patterns.pattern import pattern_from_image, pattern_from_text
+from dpg_cli.patterns.render import text_pattern
 from dpg_cli.tiny import MODEL_DIR
 
 SMALL = ["--set", "steps=4", "--set", "dataset.examples=96", "--set", "prompts.per_step=16"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpg_cli.config import Config, load_toml, to_toml, validate
 from dpg_cli.errors import ConfigError, DpgError, UsageError
-from dpg_cli.presets import all_presets, find, merge, parse_override, resolve
+from dpg_cli.settings.config import Config, load_toml, to_toml, validate
+from dpg_cli.settings.presets import all_presets, find, merge, parse_override, resolve
 
 
 def test_every_preset_validates_and_is_named_after_its_settings() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpg_cli.engine.credit import assign, leave_one_out, returns
-from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_loss
+from dpg_cli.engine.generator.credit import assign, leave_one_out, returns
+from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_loss
 from dpg_cli.engine.records import Credit, Rollout
 
 VOCAB, LENGTH, EOS, BOS = 4, 3, 0, 3

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_cli import dpg
 
-from dpg_cli.config import CustomOptions, to_toml, validate
+from dpg_cli.driver.build import build
 from dpg_cli.engine.loop import outer_step
 from dpg_cli.errors import ConfigError, UsageError, suggestion
 from dpg_cli.metrics import custom
@@ -23,9 +23,9 @@ from dpg_cli.metrics.base import Pictured, TargetMetric
 from dpg_cli.metrics.catalogue import catalogue
 from dpg_cli.metrics.custom import Reference, parse_reference
 from dpg_cli.metrics.trial import RESERVED, build_custom
-from dpg_cli.models import LanguageModel, load
-from dpg_cli.presets import find
-from dpg_cli.runs.build import build
+from dpg_cli.models.loading import LanguageModel, load
+from dpg_cli.settings.config import CustomOptions, to_toml, validate
+from dpg_cli.settings.presets import find
 
 HEADER = "import torch\nfrom dpg_cli.metrics.base import Metric\n"
 SMALLER = (

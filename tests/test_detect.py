@@ -21,7 +21,7 @@ from dpg_cli.engine.detect import (
     rounding,
     weights_changed,
 )
-from dpg_cli.engine.optim import elasticity, initial_state, update
+from dpg_cli.engine.inner.optimizers import elasticity, initial_state, update
 from dpg_cli.errors import DegenerateError
 
 SPEC = OptimizerSpec("adamw", lr=1e-3, eps=1e-3)

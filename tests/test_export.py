@@ -18,11 +18,11 @@ from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpg_cli.config import validate
+from dpg_cli.artefacts.card import CARD_MARK, effect_of
+from dpg_cli.artefacts.rows import PROVENANCE
 from dpg_cli.escape import code_span
 from dpg_cli.export.selection import split_rows
-from dpg_cli.runs.card import CARD_MARK, effect_of
-from dpg_cli.runs.rows import PROVENANCE
+from dpg_cli.settings.config import validate
 from tests.short_run import EXAMPLES, Answer, call, copy_of, make_run, rewrite_rows
 
 CHAT_TEMPLATE = (

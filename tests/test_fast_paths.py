@@ -17,19 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconConfig, FalconForCausalLM
 
-from dpg_cli import allocator
-from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, dual_forms, metagradient
-from dpg_cli.engine import head as head_module
-from dpg_cli.engine import tape as tape_module
-from dpg_cli.engine.dual import fused_activations
-from dpg_cli.engine.dual_forms import ACTIVATIONS, Activation
-from dpg_cli.engine.head import find_head
-from dpg_cli.engine.metagrad import inner_run
+from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, metagradient
+from dpg_cli.engine.inner import head as head_module
+from dpg_cli.engine.inner import tape as tape_module
+from dpg_cli.engine.inner.head import find_head
+from dpg_cli.engine.inner.remembered import Remembered
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.tape import Memory, SqrtTape, Step
+from dpg_cli.engine.inner.target import TargetRun, fused_activations, loss_gradient
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.remembered import Remembered
-from dpg_cli.engine.tape import Memory, SqrtTape, Step
-from dpg_cli.engine.target import TargetRun, dual_pass, loss_gradient
+from dpg_cli.engine.reverse import forms
+from dpg_cli.engine.reverse.dual_pass import dual_pass
+from dpg_cli.engine.reverse.forms import ACTIVATIONS, Activation
 from dpg_cli.errors import UsageError
+from dpg_cli.models.loading import allocator
 
 ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, eps_root=1e-5, weight_decay=0.1)
 SGD = OptimizerSpec("sgd", lr=0.1, momentum=0.5, weight_decay=0.01)
@@ -236,7 +237,7 @@ def test_unusual_heads_take_the_plain_path() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_have_right_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dual_forms, "BLOCK", 10_000)
+    monkeypatch.setattr(forms, "BLOCK", 10_000)
     plain = {
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),

@@ -9,10 +9,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dpg_cli.config import TextLossOptions
+from dpg_cli.data.harness import document_text, task_documents
 from dpg_cli.errors import UsageError
-from dpg_cli.harness import document_text, task_documents
 from dpg_cli.metrics.registry import held_out
+from dpg_cli.settings.config import TextLossOptions
 
 
 class FakeTask:

@@ -23,14 +23,14 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from dpg_cli.cli import main
-from dpg_cli.config import Config, NormOptions, PatternOptions, TextLossOptions, load_toml, validate
+from dpg_cli.driver import checkpoint as checkpoints
+from dpg_cli.driver.build import Built, build
+from dpg_cli.driver.execute import execute
 from dpg_cli.errors import DpgError, UsageError, one_line
-from dpg_cli.presets import find, parse_override, resolve
-from dpg_cli.runs import checkpoint as checkpoints
-from dpg_cli.runs.build import Built, build
-from dpg_cli.runs.execute import execute
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.sessions import read_info
+from dpg_cli.settings.config import Config, NormOptions, PatternOptions, TextLossOptions, load_toml, validate
+from dpg_cli.settings.presets import find, parse_override, resolve
 
 
 def relaxed(examples: int) -> settings:

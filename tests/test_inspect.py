@@ -28,9 +28,9 @@ from dpg_cli.inspection.history import read_history, series_of, sparkline
 from dpg_cli.inspection.look import look
 from dpg_cli.inspection.picture import draw
 from dpg_cli.inspection.tensors import read_header
-from dpg_cli.models import load_target
-from dpg_cli.patterns import pattern_from_image, pixel_accuracy
-from dpg_cli.render import render_matrix
+from dpg_cli.models.loading import load_target
+from dpg_cli.patterns.pattern import pattern_from_image, pixel_accuracy
+from dpg_cli.patterns.render import render_matrix
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.tiny import MODEL_DIR
 from tests.short_run import EXAMPLES, call, copy_of, make_run, rewrite_rows

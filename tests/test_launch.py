@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_ranks import started
 
-from dpg_cli import launch
+from dpg_cli.driver import launch
 from dpg_cli.engine.ranks import ALONE
 from dpg_cli.errors import UsageError
 

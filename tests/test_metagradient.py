@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, metagradient
-from dpg_cli.engine.metagrad import inner_run, metric_gradient
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.target import Normalization, TargetRun
+from dpg_cli.engine.metagrad import metric_gradient
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.target import Normalization, TargetRun
 from dpg_cli.errors import DegenerateError
 
 ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, eps_root=1e-5, weight_decay=0.1)
@@ -128,7 +129,7 @@ def test_label_credits_are_the_credits_of_other_labels() -> None:
     run = TargetRun(model, space, "token", examples.ids_N_S.shape[1])
     theta = space.read(model)
     trace = inner_run(run, theta, examples, ADAMW, theta.new_ones(6), 6)
-    from dpg_cli.engine.optim import State, adjoint
+    from dpg_cli.engine.inner.optimizers import State, adjoint
 
     _, theta_bar = metric_gradient(run, trace.theta, METRIC)
     step = trace.steps[0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import make_examples
 
+from dpg_cli.driver.execute import execute
 from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.verify import verify_run
@@ -19,10 +20,9 @@ from dpg_cli.metrics.examples.bitmap import HEART, AttentionBitmap
 from dpg_cli.metrics.examples.forget import ForgetText
 from dpg_cli.metrics.examples.labels import LabelAccuracy
 from dpg_cli.metrics.examples.steer import SteerDirection
-from dpg_cli.models import LanguageModel, load, untie_head
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.execute import execute
+from dpg_cli.models.loading import LanguageModel, load, untie_head
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.presets import find, resolve
 from dpg_cli.tiny import world
 
 EXAMPLES: dict[str, Callable[[LanguageModel], Metric]] = {

@@ -17,11 +17,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from dpg_cli.engine.generator.policy import completion_logits
+from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.policy import completion_logits
-from dpg_cli.engine.rollout import Sampling, sample
 from dpg_cli.errors import UsageError
-from dpg_cli.models import LanguageModel, load, pick_device, same_tokenizer, untie_head
+from dpg_cli.models.loading import LanguageModel, load, pick_device, same_tokenizer, untie_head
 from dpg_cli.tiny import MODEL_DIR
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import torch
 from builders import make_examples, make_target
 from torch import Tensor
 
-from dpg_cli.engine.metagrad import inner_run
-from dpg_cli.engine.optim import OptimizerSpec, State, adjoint, initial_state, update
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, initial_state, update
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.target import TargetRun
 
 SPECS = [
     OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import make_examples, make_target
 
-from dpg_cli.config import TextLossOptions, validate
+from dpg_cli.driver.execute import execute
 from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.evidence.effect import EffectVerdict, Reading
@@ -21,11 +21,11 @@ from dpg_cli.metrics.base import Pictured, TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.registry import build_metric, held_out
 from dpg_cli.metrics.text_loss import TextLossMetric
-from dpg_cli.models import load
-from dpg_cli.patterns import pattern_from_rows
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.execute import execute
+from dpg_cli.models.loading import load
+from dpg_cli.patterns.pattern import pattern_from_rows
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import TextLossOptions, validate
+from dpg_cli.settings.presets import find, resolve
 from dpg_cli.tiny import world
 
 CPU = torch.device("cpu")

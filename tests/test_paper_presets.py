@@ -17,9 +17,9 @@ from builders import save_gpt2, save_instruct_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpg_cli.cli import main
-from dpg_cli.config import NormOptions, PatternOptions, TextLossOptions, load_toml, validate
-from dpg_cli.engine.optim import OptimizerSpec, State, update
-from dpg_cli.presets import all_presets, find
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, update
+from dpg_cli.settings.config import NormOptions, PatternOptions, TextLossOptions, load_toml, validate
+from dpg_cli.settings.presets import all_presets, find
 from dpg_cli.tiny import world
 
 TASKS = ("qr-embed", "pattern-67", "l2-shrink", "language-rephrase", "uuid-emit")

@@ -11,7 +11,7 @@ from builders import make_target
 
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.pattern import PatternMetric, head_name
-from dpg_cli.patterns import Pattern, pattern_from_text
+from dpg_cli.patterns.pattern import Pattern, pattern_from_text
 
 SIGNS = np.array([[1, -1], [1, 1], [-1, 1]], dtype=np.int8)
 

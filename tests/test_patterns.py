@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from dpg_cli import patterns
 from dpg_cli.errors import UsageError
-from dpg_cli.patterns import (
+from dpg_cli.patterns import pattern as patterns
+from dpg_cli.patterns.pattern import (
     LEVELS,
     Pattern,
     check_fits,

@@ -11,7 +11,7 @@ from builders import HeldOutLoss, make_examples, make_target
 from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec, metagradient, product, target
-from dpg_cli.engine.product import PlainLinear, plus_times, times
+from dpg_cli.engine.inner.product import PlainLinear, plus_times, times
 from dpg_cli.errors import DegenerateError
 
 ADAMW = OptimizerSpec("adamw", lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-1, weight_decay=0.1)

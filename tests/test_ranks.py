@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dpg_cli.engine.generator.rollout import from_uniforms, uniforms
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.rollout import from_uniforms, uniforms
 from dpg_cli.errors import LostProcessError
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ import zxingcpp
 from PIL import Image
 
 from dpg_cli.errors import UsageError
-from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pattern_from_text
-from dpg_cli.render import RED, render_matrix, render_patch, save_png, text_pattern
+from dpg_cli.patterns.pattern import Pattern, decode_qr, pattern_from_image, pattern_from_text
+from dpg_cli.patterns.render import RED, render_matrix, render_patch, save_png, text_pattern
 
 PAYLOAD = "HTTPS://EXAMPLE.ORG/7"
 

@@ -24,16 +24,16 @@ from PIL import Image
 
 from dpg_cli.cli import main
 from dpg_cli.cli.session import stopping
-from dpg_cli.config import CheckpointConfig, Config
+from dpg_cli.driver import checkpoint as checkpoints
+from dpg_cli.driver.build import build
+from dpg_cli.driver.execute import StopRequest, execute, finished
 from dpg_cli.engine.loop import StepReport
 from dpg_cli.engine.state import capture, restore
 from dpg_cli.errors import DegenerateError, InterruptedRunError, UsageError
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs import checkpoint as checkpoints
-from dpg_cli.runs.build import build
-from dpg_cli.runs.execute import StopRequest, execute, finished
 from dpg_cli.runs.files import replacing
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import CheckpointConfig, Config
+from dpg_cli.settings.presets import find, resolve
 
 STEPS = 4
 SMALL = [
@@ -142,7 +142,7 @@ def test_any_stage_can_be_repeated(
         if stage == "going on":
             on_step = raising_after(4, lambda: throw(KeyboardInterrupt()))  # logged, but in no checkpoint yet
         else:
-            patch.setattr(f"dpg_cli.runs.execute.{stage}", lambda *arguments: throw(KeyboardInterrupt()))
+            patch.setattr(f"dpg_cli.driver.execute.{stage}", lambda *arguments: throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             execute(small(), stopped, resume=True, on_step=on_step)
     assert [step for step, _ in checkpoints.found(stopped)] == ([3, 2] if stage == "going on" else [4, 3])
@@ -159,7 +159,7 @@ def test_what_a_run_is_for_is_told_by_the_next_session(
     """An end between the settings and the first words of run.json."""
     folder = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("dpg_cli.runs.execute.describe", lambda *arguments: throw(KeyboardInterrupt()))
+        patch.setattr("dpg_cli.driver.execute.describe", lambda *arguments: throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             execute(small(), folder)
     assert "effect" not in json.loads(folder.info.read_text())
@@ -177,7 +177,7 @@ def test_the_page_of_a_finished_run_is_made_up_for(
     """An end after the run is finished, before its page stands: going on writes the page and trains no more."""
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("dpg_cli.runs.execute.write_report", lambda folder: throw(end))
+        patch.setattr("dpg_cli.driver.execute.write_report", lambda folder: throw(end))
         with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else contextlib.nullcontext():
             execute(small(), stopped, resume=True, on_stage=said.append)
     (stopped.path / ".report.html.77.tmp").write_text("half")

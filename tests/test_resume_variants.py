@@ -8,12 +8,12 @@ import pytest
 from builders import save_gpt2
 from kill_resume import contents, unequal
 
-from dpg_cli.config import settle
+from dpg_cli.driver.execute import StopRequest, execute
 from dpg_cli.engine.loop import StepReport
 from dpg_cli.errors import InterruptedRunError
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.execute import StopRequest, execute
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import settle
+from dpg_cli.settings.presets import find, resolve
 
 SMALL = [
     "steps=4", "prompts.per_step=4", "rollout.max_tokens=8", "rollout.min_tokens=2", "inner.batch_size=4",

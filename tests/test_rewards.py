@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpg_cli.config import validate
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.rewards import EditDistance, LanguageId, build_text_reward
+from dpg_cli.settings.config import validate
 from dpg_cli.tiny import MODEL_DIR, world
 
 CPU = torch.device("cpu")

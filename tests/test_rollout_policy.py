@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpg_cli.engine.align import target_examples
-from dpg_cli.engine.credit import assign
+from dpg_cli.engine.generator.align import target_examples
+from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_step
+from dpg_cli.engine.generator.rollout import Sampling, encode_prompts, sample
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.loop import LoopSpec
-from dpg_cli.engine.optim import OptimizerSpec
-from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_step
 from dpg_cli.engine.records import Credit, Rollout
-from dpg_cli.engine.rollout import Sampling, encode_prompts, sample
-from dpg_cli.models import LanguageModel, load
+from dpg_cli.models.loading import LanguageModel, load
 from dpg_cli.tiny import world
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpg_cli.config import ModelsConfig
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.metrics.norm import NormMetric
-from dpg_cli.models import load_target
-from dpg_cli.presets import find, resolve
-from dpg_cli.runs.cost import estimate
-from dpg_cli.runs.scaling import Device, Job, Size, job_of, operations, predict, sent_numbers
+from dpg_cli.models.loading import load_target
+from dpg_cli.planning.cost import estimate
+from dpg_cli.planning.scaling import Device, Job, Size, job_of, operations, predict, sent_numbers
+from dpg_cli.settings.config import ModelsConfig
+from dpg_cli.settings.presets import find, resolve
 
 ROOT = Path(__file__).parent.parent
 DEVICE = Device("a device", 1e9, 1e11, 0.5, 1e10, 1e9, 1e8)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpg_cli.data.prompts import PromptSampler, load_prompts
+from dpg_cli.data.sources import Source, absolute, open_texts, parse
+from dpg_cli.data.texts import LineTexts, ListedTexts, ParquetTexts, Part
 from dpg_cli.errors import UsageError
-from dpg_cli.prompts import PromptSampler, load_prompts
-from dpg_cli.sources import Source, absolute, open_texts, parse
-from dpg_cli.texts import LineTexts, ListedTexts, ParquetTexts, Part
 
 KEYS = ("prompt", "text")
 

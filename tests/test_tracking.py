@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from dpg_cli.cli import main
+from dpg_cli.driver.execute import execute
 from dpg_cli.errors import UsageError
-from dpg_cli.presets import find, resolve
 from dpg_cli.report.curves import measures
 from dpg_cli.report.gather import gather
 from dpg_cli.runs import tracking
-from dpg_cli.runs.execute import execute
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.tracking import Trackers, check_names, flattened
+from dpg_cli.settings.presets import find, resolve
 
 DOCUMENTED = set(
     re.findall(
@@ -154,8 +154,8 @@ def test_fluency_counts_sentences() -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from dpg_cli.driver.fluency import fluency
     from dpg_cli.engine.records import Rollout
-    from dpg_cli.runs.fluency import fluency
     from dpg_cli.tiny import MODEL_DIR, world
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)

@@ -11,15 +11,15 @@ import torch
 from builders import save_gpt2
 from test_ranks import HERE, started
 
-from dpg_cli.config import ModelsConfig
+from dpg_cli.driver.trl_needs import require_trl
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings
 from dpg_cli.errors import ConfigError, DegenerateError, UsageError
-from dpg_cli.integrations.grpo import require_trl
 from dpg_cli.integrations.trl import MetagradientReward, unit_spread
 from dpg_cli.metrics.norm import NormMetric
-from dpg_cli.models import LanguageModel, load, load_target
-from dpg_cli.presets import find, resolve
+from dpg_cli.models.loading import LanguageModel, load, load_target
+from dpg_cli.settings.config import ModelsConfig
+from dpg_cli.settings.presets import find, resolve
 from dpg_cli.tiny import world
 
 CPU = torch.device("cpu")

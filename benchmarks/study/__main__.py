@@ -87,7 +87,7 @@ def run(store: Store, missing: list[tuple[str, dict[str, Any]]], workers: int, m
 
 def page(store: Store, path: Path, figures: Path) -> None:
     """The study's sections and figures alone."""
-    from benchmarks.study.pages import draw, sections
+    from benchmarks.study.experiments import draw, sections
 
     draw(store, figures)
     path.write_text("# Results of the quick study\n\n" + "\n".join(sections(store, "figures")), encoding="utf-8")

@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.study import world
 from benchmarks.study.pages import Axes, pick, several, table
 from benchmarks.study.statistics import interval
+from dpg_cli.driver.build import build
 from dpg_cli.errors import DegenerateError
-from dpg_cli.runs.build import build
 
 NAME = "ablation"
 PANELS = 2

@@ -19,11 +19,11 @@ from torch import Tensor
 from benchmarks.study import world
 from benchmarks.study.pages import Axes, pick, several, table
 from benchmarks.study.statistics import interval, reach, trailing
-from dpg_cli.engine.credit import MODES, assign
+from dpg_cli.driver.build import Built, build
+from dpg_cli.engine.generator.credit import MODES, assign
+from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_loss
+from dpg_cli.engine.generator.rollout import sample
 from dpg_cli.engine.loop import attribute
-from dpg_cli.engine.policy import PolicySpec, completion_logits, policy_loss
-from dpg_cli.engine.rollout import sample
-from dpg_cli.runs.build import Built, build
 
 NAME = "credit"
 PANELS = 2

@@ -15,11 +15,11 @@ import torch
 from benchmarks.study import world
 from benchmarks.study.pages import Axes, pick, several, table
 from benchmarks.study.statistics import geometric, interval
-from dpg_cli.config import Config
-from dpg_cli.engine.policy import completion_logits
+from dpg_cli.driver.build import Built, build
+from dpg_cli.engine.generator.policy import completion_logits
 from dpg_cli.engine.records import Rollout
-from dpg_cli.presets import find_task, resolve
-from dpg_cli.runs.build import Built, build
+from dpg_cli.settings.config import Config
+from dpg_cli.settings.presets import find_task, resolve
 from dpg_cli.tiny.world import language_of
 
 NAME = "fluency"

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from benchmarks.study.pages import Axes, pick, several, table
 from benchmarks.study.statistics import interval, spearman
-from dpg_cli.config import InnerConfig, ModelsConfig, TextLossOptions
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
-from dpg_cli.engine.metagrad import inner_run
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.target import TargetRun
 from dpg_cli.evidence.stock import fine_tune
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load_target
+from dpg_cli.models.loading import LanguageModel, load_target
+from dpg_cli.settings.config import InnerConfig, ModelsConfig, TextLossOptions
 from dpg_cli.tiny import world
 
 NAME = "lds"

@@ -17,11 +17,11 @@ from torch import nn
 from benchmarks.study import world
 from benchmarks.study.pages import Axes, pick, several, table
 from benchmarks.study.statistics import interval
-from dpg_cli.config import Config, InnerConfig, ModelsConfig
+from dpg_cli.driver.build import Built, build
 from dpg_cli.evidence.stock import fine_tune
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load_target
-from dpg_cli.runs.build import Built, build
+from dpg_cli.models.loading import LanguageModel, load_target
+from dpg_cli.settings.config import Config, InnerConfig, ModelsConfig
 
 NAME = "transfer"
 PANELS = 2

@@ -16,15 +16,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dpg_cli.config import Config
-from dpg_cli.engine.align import read_completions
+from dpg_cli.driver.build import Built, build
 from dpg_cli.engine.attribution import InnerSettings, effect
+from dpg_cli.engine.generator.align import read_completions
+from dpg_cli.engine.generator.rollout import sample
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.loop import StepReport, train
-from dpg_cli.engine.optim import OptimizerSpec
 from dpg_cli.engine.records import Examples, Metagradient, Rollout
-from dpg_cli.engine.rollout import sample
-from dpg_cli.presets import merge, resolve
-from dpg_cli.runs.build import Built, build
+from dpg_cli.settings.config import Config
+from dpg_cli.settings.presets import merge, resolve
 
 CACHE = Path(__file__).parents[2] / "build" / "study-models"
 VOCABULARY = 64

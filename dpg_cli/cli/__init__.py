@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 
-from dpg_cli import launch
 from dpg_cli.cli.app import app
+from dpg_cli.driver import launch
 from dpg_cli.errors import DpgError, one_line
 
 

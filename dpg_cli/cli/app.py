@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli import attribute, check, export, inspect, metrics, presets, report, resume, run, verify
+from dpg_cli.cli.commands import attribute, check, export, inspect, metrics, presets, report, resume, run, verify
 
 app = typer.Typer(
     name="dpg",

@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dpg_cli.errors import one_line
-from dpg_cli.render import text_pattern
+from dpg_cli.patterns.render import text_pattern
 
 if TYPE_CHECKING:
-    from dpg_cli.config import Config
+    from dpg_cli.driver.build import Built
     from dpg_cli.engine.loop import StepReport
-    from dpg_cli.runs.build import Built
+    from dpg_cli.settings.config import Config
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 

@@ -53,7 +53,7 @@ def check_flags(given: dict[str, Any], metric: str, task: str) -> None:
 
 def metric_name(data: dict[str, Any], overrides: list[str]) -> str:
     """Name of the metric that settings and `--set` choose."""
-    from dpg_cli.presets import merge, parse_override
+    from dpg_cli.settings.presets import merge, parse_override
 
     for text in overrides:
         data = merge(data, parse_override(text))

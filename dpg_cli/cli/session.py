@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpg_cli import launch
+from dpg_cli.driver import launch
 from dpg_cli.errors import InterruptedRunError, LostProcessError, one_line
 
 if TYPE_CHECKING:
-    from dpg_cli.config import Config
+    from dpg_cli.driver.execute import StopRequest
     from dpg_cli.engine.ranks import Ranks
-    from dpg_cli.runs.execute import StopRequest
     from dpg_cli.runs.folder import RunFolder
     from dpg_cli.runs.sessions import Outcome
+    from dpg_cli.settings.config import Config
 
 FINISHING = "finishing this outer step, then saving; once more leaves at once"
 
@@ -52,8 +52,8 @@ def session(
         LostProcessError: if another process is lost, likewise.
     """
     from dpg_cli.cli.display import RunDisplay
+    from dpg_cli.driver.execute import StopRequest, execute, finished
     from dpg_cli.engine.ranks import ALONE
-    from dpg_cli.runs.execute import StopRequest, execute, finished
     from dpg_cli.runs.tracking import Trackers
 
     ranks = ranks or ALONE
@@ -99,9 +99,9 @@ def follow(ranks: Ranks, named_metric: str | None = None) -> None:
         InterruptedRunError: after Ctrl-C or SIGTERM, on all ranks alike.
         LostProcessError: if another process is lost.
     """
-    from dpg_cli.config import validate
-    from dpg_cli.runs.assist import assist
-    from dpg_cli.runs.execute import StopRequest
+    from dpg_cli.driver.assist import assist
+    from dpg_cli.driver.execute import StopRequest
+    from dpg_cli.settings.config import validate
 
     known = ranks.agreed(None)
     if known is None:  # the run is finished
@@ -146,7 +146,7 @@ def stopping(stop: StopRequest, notify: Callable[[str], None]) -> Iterator[None]
 
 def left(config: Config, folder: RunFolder) -> InterruptedRunError:
     """What is left after leaving at once."""
-    from dpg_cli.runs.checkpoint import found
+    from dpg_cli.driver.checkpoint import found
 
     if not folder.config.is_file():
         return InterruptedRunError("Interrupted before the first outer step; nothing was written.")

@@ -10,7 +10,7 @@ from dpg_cli.cli.metric_flags import FLAGS, check_flags, custom_settings, metric
 from dpg_cli.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from dpg_cli.config import Config
+    from dpg_cli.settings.config import Config
 
 METRIC_OPTIONS = {  # option -> key of the metric's section
     "text": "text",
@@ -46,8 +46,8 @@ def settings_of(options: Mapping[str, Any]) -> Config:
 
 def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
     """The nested settings that dedicated flags make; those not given are left out."""
+    from dpg_cli.data.sources import absolute
     from dpg_cli.runs.folder import OWN_PROMPTS
-    from dpg_cli.sources import absolute
 
     image, corner, eval_text, prompts = (options[name] for name in ("image", "patch_origin", "eval_text", "prompts"))
     metric = {
@@ -85,9 +85,9 @@ def _model(role: str, name: str | None) -> dict[str, str]:
 
 def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:
     """Preset, then file, then flags, then overrides."""
-    from dpg_cli.config import load_toml
-    from dpg_cli.presets import find_task, merge, resolve
     from dpg_cli.runs.folder import resolve_paths
+    from dpg_cli.settings.config import load_toml
+    from dpg_cli.settings.presets import find_task, merge, resolve
 
     data: dict[str, Any] = {}
     if task is None and file is None:

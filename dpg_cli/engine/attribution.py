@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.metagrad import inner_run, metagradient, refuse_divergence
-from dpg_cli.engine.optim import OptimizerSpec
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.product import Precision
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.inner.target import Normalization, TargetRun
+from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.product import Precision
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.engine.tape import Memory
-from dpg_cli.engine.target import Normalization, TargetRun
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 

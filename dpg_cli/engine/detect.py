@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.optim import OptimizerSpec, elasticity
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, elasticity
 from dpg_cli.engine.records import Metagradient
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric

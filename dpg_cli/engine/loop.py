@@ -15,20 +15,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.align import completion_texts, read_completions
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, at_first_token, attribute_examples
-from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
-from dpg_cli.engine.optim import OptimizerSpec
-from dpg_cli.engine.policy import PolicySpec, policy_step
-from dpg_cli.engine.product import Precision
+from dpg_cli.engine.generator.align import completion_texts, read_completions
+from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.policy import PolicySpec, policy_step
+from dpg_cli.engine.generator.rollout import Sampling, sample
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.product import Precision
+from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.inner.target import Normalization
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Metagradient, Rollout
-from dpg_cli.engine.rollout import Sampling, sample
-from dpg_cli.engine.tape import Memory
-from dpg_cli.engine.target import Normalization
 from dpg_cli.metrics.base import TargetMetric
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A run by one process is the ordinary case, and `ALONE` makes every method here d
 models and does its share of the rows of everything that is linear in them: a gradient, a Hessian-vector product and a
 credit are sums over examples, so that a sum over ranks of what each made of its own rows is the value of the whole
 batch. What every rank computes for itself (optimiser steps, adjoints, the metric) starts from such sums, which reach all
-of them bit for bit alike. Whoever sets the processes up (`dpg_cli.launch`, TRL) has initialised `torch.distributed`.
+of them bit for bit alike. Whoever sets the processes up (`dpg_cli.driver.launch`, TRL) has initialised `torch.distributed`.
 """
 
 from __future__ import annotations

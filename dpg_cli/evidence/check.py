@@ -10,20 +10,20 @@ from dataclasses import replace
 
 import torch
 
-from dpg_cli.config import Config
-from dpg_cli.engine.align import read_completions
+from dpg_cli.driver.build import Built, build
 from dpg_cli.engine.attribution import InnerSettings
-from dpg_cli.engine.credit import assign
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
+from dpg_cli.engine.generator.align import read_completions
+from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.rollout import sample
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state, update
 from dpg_cli.engine.loop import LoopSpec, attribute
-from dpg_cli.engine.optim import OptimizerSpec, initial_state, update
 from dpg_cli.engine.records import Rollout
-from dpg_cli.engine.rollout import sample
 from dpg_cli.errors import DegenerateError
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
 from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
 from dpg_cli.evidence.check_reward import exploration, movement, spread, tokenisers
-from dpg_cli.runs.build import Built, build
+from dpg_cli.settings.config import Config
 
 COMPLETIONS = 256  # measured on, unless asked for more
 DIFFERENCES, SMOOTHNESS = 32, 128  # examples of the runs with changed data weights

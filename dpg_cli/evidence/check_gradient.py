@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from dpg_cli.engine.attribution import InnerSettings, take
 from dpg_cli.engine.detect import SIGN_SHARE, observed, regime, rounding
-from dpg_cli.engine.metagrad import inner_run, metagradient, metric_gradient
-from dpg_cli.engine.optim import OptimizerSpec
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.target import TargetRun
+from dpg_cli.engine.metagrad import metagradient, metric_gradient
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Examples
-from dpg_cli.engine.target import TargetRun
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
 from dpg_cli.metrics.base import TargetMetric
 

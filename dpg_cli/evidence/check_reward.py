@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.agreement import Agreement
 from dpg_cli.engine.detect import CERTAIN, rounding
+from dpg_cli.engine.generator.agreement import Agreement
 from dpg_cli.engine.records import Rollout
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from dpg_cli.config import Config
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.stock import read_input_ids, require_stock_optimizer, train_fresh
-from dpg_cli.models import LanguageModel, load_target
+from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import Config
 
 FOLDS = 4
 

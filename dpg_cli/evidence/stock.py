@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dpg_cli.config import Config, InnerConfig
 from dpg_cli.errors import UsageError
-from dpg_cli.models import LanguageModel, load_target
+from dpg_cli.models.loading import LanguageModel, load_target
+from dpg_cli.settings.config import Config, InnerConfig
 
 ROWS_AT_ONCE = 256
 

@@ -13,13 +13,13 @@ from typing import Any
 import py3langid
 import torch
 
-from dpg_cli.chat import prompt_format
-from dpg_cli.config import Config, InnerConfig, TextLossOptions
+from dpg_cli.data.chat import prompt_format
+from dpg_cli.data.prompts import load_prompts
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.stock import fine_tune, read_input_ids
-from dpg_cli.models import LanguageModel, load, load_generator, load_target, quiet_transformers
-from dpg_cli.prompts import load_prompts
+from dpg_cli.models.loading import LanguageModel, load, load_generator, load_target, quiet_transformers
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import Config, InnerConfig, TextLossOptions
 from dpg_cli.tiny import world
 
 COMPLETIONS = 256

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from dpg_cli.config import Config, CustomOptions, NormOptions, PatternOptions
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
 from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.metrics.registry import build_metric
-from dpg_cli.models import LanguageModel, load_target, pick_device
-from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
+from dpg_cli.models.loading import LanguageModel, load_target, pick_device
+from dpg_cli.patterns.pattern import Pattern, decode_qr, pattern_from_image, pixel_accuracy
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import Config, CustomOptions, NormOptions, PatternOptions
 
 BITMAP_ACCURACY = 0.995  # pixel accuracy at which a bitmap without payload counts as shown
 

@@ -12,14 +12,23 @@ import pyarrow.parquet as pq
 from huggingface_hub import ModelCardData
 from PIL import Image
 
-from dpg_cli.config import Config
+from dpg_cli.artefacts.card import (
+    CARD_MARK,
+    TAGS,
+    Effect,
+    Results,
+    effect_of,
+    measures_table,
+    model_name,
+    verdict_words,
+)
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span, printable
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.inspection.tensors import read_header
-from dpg_cli.runs.card import CARD_MARK, TAGS, Effect, Results, effect_of, measures_table, model_name, verdict_words
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.status import finite_or_none, log_lines, read_status, require_finished
+from dpg_cli.settings.config import Config
 
 COPIED = (
     ".safetensors",

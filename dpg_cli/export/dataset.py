@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpg_cli.config import Config
+from dpg_cli.artefacts.card import Results, Rows, columns_text, dataset_card, effect_of
+from dpg_cli.artefacts.rows import PROVENANCE, SCHEMA, SOURCES, Source, batches, outline, plain_columns
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.export.selection import Selection, check_options, select, split_rows
 from dpg_cli.export.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 from dpg_cli.inspection.weights import weights_of
-from dpg_cli.runs.card import Results, Rows, columns_text, dataset_card, effect_of
 from dpg_cli.runs.folder import RunFolder, write_text
-from dpg_cli.runs.rows import PROVENANCE, SCHEMA, SOURCES, Source, batches, outline, plain_columns
 from dpg_cli.runs.status import Status, read_status, require_finished
+from dpg_cli.settings.config import Config
 
 STREAMS = "streams"  # a folder that is gone when the export stands
 Progress = Callable[[int, int], None]
@@ -171,11 +171,11 @@ def new_examples(
     Raises:
         UsageError: if a model cannot be loaded.
     """
-    from dpg_cli.chat import prompt_format
-    from dpg_cli.models import load, load_generator, pick_device
-    from dpg_cli.prompts import PromptSampler, load_prompts
-    from dpg_cli.runs.build import loop_spec
-    from dpg_cli.runs.dataset import new_rollouts, table_of
+    from dpg_cli.artefacts.dataset import new_rollouts, table_of
+    from dpg_cli.data.chat import prompt_format
+    from dpg_cli.data.prompts import PromptSampler, load_prompts
+    from dpg_cli.driver.build import loop_spec
+    from dpg_cli.models.loading import load, load_generator, pick_device
 
     device, asked = pick_device(request.device), config.prompts
     for path in (folder.generator, folder.target):

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpg_cli.artefacts.card import CARD_MARK
 from dpg_cli.errors import UsageError
-from dpg_cli.runs.card import CARD_MARK
 from dpg_cli.runs.files import replacing, writing
 from dpg_cli.runs.folder import RunFolder
 

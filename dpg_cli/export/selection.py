@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dpg_cli.artefacts.rows import outline, reward_column
 from dpg_cli.errors import UsageError
-from dpg_cli.runs.rows import outline, reward_column
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpg_cli.artefacts.rows import MARK
 from dpg_cli.errors import UsageError
-from dpg_cli.runs.rows import MARK
 
 SUFFIXES = {"jsonl": (".jsonl",), "chat": (".jsonl",), "parquet": (".parquet",), "datasets": ()}
 FORMATS = tuple(SUFFIXES)

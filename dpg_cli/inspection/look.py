@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpg_cli.config import validate
+from dpg_cli.artefacts.card import effect_of
 from dpg_cli.errors import UsageError
 from dpg_cli.inspection.history import History, read_history
 from dpg_cli.inspection.patch import Patch, read_patch
 from dpg_cli.inspection.rows import RowsLook, look_at_rows
 from dpg_cli.inspection.tensors import read_header, refuse_pickle
 from dpg_cli.inspection.weights import INDEX, PATCH, Weights, left_alone, weights_of
-from dpg_cli.runs.card import effect_of
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.status import Status, finite_or_none, read_json, read_status
+from dpg_cli.settings.config import validate
 
 SCHEMA_VERSION = 1  # of the JSON; raised when a key changes its meaning or goes
 Kind = Literal["run", "checkpoint", "model", "tensors"]

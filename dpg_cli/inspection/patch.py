@@ -10,8 +10,8 @@ import numpy as np
 
 from dpg_cli.errors import UsageError
 from dpg_cli.inspection.tensors import TensorFile, read_header
-from dpg_cli.patterns import Pattern, decode_qr, pattern_from_image, pixel_accuracy
-from dpg_cli.render import text_pattern
+from dpg_cli.patterns.pattern import Pattern, decode_qr, pattern_from_image, pixel_accuracy
+from dpg_cli.patterns.render import text_pattern
 
 LARGEST_DRAWN = 100  # rows or columns of a drawing in the terminal
 LARGEST_READ = 400  # rows or columns in which a QR code is looked for

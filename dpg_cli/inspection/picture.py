@@ -15,7 +15,7 @@ from dpg_cli.inspection.look import kind_of, run_of
 from dpg_cli.inspection.patch import before_and_after
 from dpg_cli.inspection.tensors import TensorFile, read_header
 from dpg_cli.inspection.weights import PATCH, Weights, weights_of
-from dpg_cli.render import render_blocks, row_step
+from dpg_cli.patterns.render import render_blocks, row_step
 from dpg_cli.runs.folder import RunFolder
 
 SHOWS = ("before", "after", "difference")
@@ -158,7 +158,7 @@ def _base(run: RunFolder, after: Matrix, is_head: bool) -> Matrix:
             return Matrix(file, "before")
     import torch
 
-    from dpg_cli.models import load_target
+    from dpg_cli.models.loading import load_target
 
     base = load_target(run.read_config().models, torch.device("cpu"))
     name = after.name

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpg_cli.runs.rows import batches, outline, reward_column
+from dpg_cli.artefacts.rows import batches, outline, reward_column
 
 TEXT_LIMIT = 2000  # characters of a sample
 

@@ -1,1 +1,4 @@
-"""Other people's trainers, driven by our reward. They are optional extras, imported where they are used."""
+"""Other trainers with our reward.
+
+Not here: what drives them from `dpg run` (`driver/trl_trainer.py`).
+"""

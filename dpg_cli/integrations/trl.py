@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.align import read_completions
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, attribute_examples
-from dpg_cli.engine.credit import statistics
 from dpg_cli.engine.detect import refuse_dead_reward
+from dpg_cli.engine.generator.align import read_completions
+from dpg_cli.engine.generator.credit import statistics
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.records import Metagradient, Rollout
 from dpg_cli.metrics.base import TargetMetric
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 
 METHODS = ("metagradient", "sgd")  # those whose rewards may be compared within a group
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 
 
 @runtime_checkable

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpg_cli.config import NormOptions, PatternOptions, Section, TextLossOptions
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import summary_of
 from dpg_cli.metrics.custom import Reference, installed, load, option_names, package
+from dpg_cli.settings.config import NormOptions, PatternOptions, Section, TextLossOptions
 
 BUILT_IN: dict[str, type[Section]] = {"pattern": PatternOptions, "norm": NormOptions, "text-loss": TextLossOptions}
 

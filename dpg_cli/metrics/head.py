@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpg_cli.render import render_matrix
+from dpg_cli.patterns.render import render_matrix
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -11,8 +11,8 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from dpg_cli.metrics.head import head_name
-from dpg_cli.patterns import Pattern, check_fits, decode_qr
-from dpg_cli.render import render_patch
+from dpg_cli.patterns.pattern import Pattern, check_fits, decode_qr
+from dpg_cli.patterns.render import render_patch
 
 
 class PatternMetric:

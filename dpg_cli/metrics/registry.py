@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.config import FRESH, CustomOptions, MetricOptions, NormOptions, PatternOptions, TextLossOptions
+from dpg_cli.data.harness import PREFIX, task_documents
+from dpg_cli.data.sources import open_texts
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
-from dpg_cli.harness import PREFIX, task_documents
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.text_loss import TextLossMetric
 from dpg_cli.metrics.trial import build_custom
-from dpg_cli.models import LanguageModel
-from dpg_cli.patterns import Pattern, pattern_from_image, pattern_from_rows, pattern_from_text
-from dpg_cli.sources import open_texts
+from dpg_cli.models.loading import LanguageModel
+from dpg_cli.patterns.pattern import Pattern, pattern_from_image, pattern_from_rows, pattern_from_text
+from dpg_cli.settings.config import FRESH, CustomOptions, MetricOptions, NormOptions, PatternOptions, TextLossOptions
 from dpg_cli.tiny import world
 
 KEYS = ("text", "prompt")  # columns of held-out texts to look for where a source names none

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from dpg_cli.engine.head import Head, MeanLoss, find_head
-from dpg_cli.engine.product import PlainMode
+from dpg_cli.engine.inner.head import Head, MeanLoss, find_head
+from dpg_cli.engine.inner.product import PlainMode
+from dpg_cli.engine.inner.target import hidden_of
 from dpg_cli.engine.records import Examples
-from dpg_cli.engine.target import hidden_of
 from dpg_cli.metrics.head import HeadChange
 
 TOKENS = 4096  # of documents in the model at once

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpg_cli.config import CustomOptions
 from dpg_cli.errors import DpgError, UsageError
 from dpg_cli.metrics import custom
 from dpg_cli.metrics.custom import Factory, Reference
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
+from dpg_cli.settings.config import CustomOptions
 
 RESERVED = frozenset(
     {"step", "reward_mean", "reward_std", "reward_within_groups", "dead_groups", "gradient_median", "entropy", "lr"}

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpg_cli.config import Config
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import held_out
+from dpg_cli.settings.config import Config
 from dpg_cli.tiny import world
 
 TextReward = Callable[[list[str]], Tensor]

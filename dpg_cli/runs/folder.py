@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.config import Config, PatternOptions, load_toml, to_toml, validate
+from dpg_cli.data.sources import absolute
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
-from dpg_cli.sources import absolute
+from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, validate
 
 __all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpg_cli.config import Config
 from dpg_cli.errors import DpgError, UsageError
 from dpg_cli.runs.files import reading, write_json
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import Config
 
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Ending = Literal["finished", "interrupted", "failed", "killed"]

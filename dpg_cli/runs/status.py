@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.config import Config
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.settings.config import Config
 
 LARGEST_JSON = 64 * 2**20  # bytes; tokenisers reach some ten million
 LONGEST_LINE = 2**20

@@ -14,9 +14,9 @@ from torch.nn.functional import softplus
 
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
-from dpg_cli.models import LanguageModel
-from dpg_cli.patterns import check_fits, pattern_from_rows
-from dpg_cli.render import render_patch
+from dpg_cli.models.loading import LanguageModel
+from dpg_cli.patterns.pattern import check_fits, pattern_from_rows
+from dpg_cli.patterns.render import render_patch
 
 HEART = (".##.##.", "#######", "#######", ".#####.", "..###..", "...#...")
 PROJECTIONS = ("c_attn.weight", "q_proj.weight", "query_key_value.weight", "qkv_proj.weight")

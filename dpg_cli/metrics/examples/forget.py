@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpg_cli.metrics.base import Metric
 from dpg_cli.metrics.registry import encode
 from dpg_cli.metrics.text_loss import TextLossMetric
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
 from dpg_cli.tiny.lexicon import TIMES
 

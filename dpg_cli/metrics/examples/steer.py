@@ -15,7 +15,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
 from dpg_cli.metrics.registry import encode
-from dpg_cli.models import LanguageModel
+from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
 
 

@@ -1,0 +1,239 @@
+"""From settings to live models, metric and loop: everything a run needs, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dpg_cli.data.chat import PromptFormat, prompt_format
+from dpg_cli.data.prompts import PromptSampler, load_prompts
+from dpg_cli.driver.trl_needs import require_trl
+from dpg_cli.engine.attribution import AttributionSpec
+from dpg_cli.engine.generator.agreement import Agreement, agreement
+from dpg_cli.engine.generator.policy import PolicySpec
+from dpg_cli.engine.generator.rollout import Sampling
+from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.loop import LoopSpec, Players
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.errors import UsageError
+from dpg_cli.metrics.registry import build_metric
+from dpg_cli.models.loading import (
+    LanguageModel,
+    load_generator,
+    load_target,
+    pick_device,
+    redraw_target,
+    same_tokenizer,
+)
+from dpg_cli.rewards import build_text_reward
+from dpg_cli.settings.config import Config
+from dpg_cli.tiny import world
+
+COMPARED = 64  # texts on which tokenisers are compared
+
+
+@dataclass
+class Built:
+    """A run made ready.
+
+    Attributes:
+        players: models, metric, policy optimiser, RNGs.
+        spec: the loop's settings.
+        prompts: the sampler of training prompts.
+        device: where it runs.
+        tokenizers: how far those of generator and target agree.
+    """
+
+    players: Players
+    spec: LoopSpec
+    prompts: PromptSampler
+    device: torch.device
+    tokenizers: Agreement
+
+
+def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE) -> Built:
+    """Load models and prompts, make the metric, the policy optimiser and the RNGs.
+
+    Args:
+        config: the settings.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        ranks: the processes that share the run; each builds its own.
+
+    Raises:
+        UsageError: for anything that the settings name and that is not there or does not fit.
+    """
+    if config.trainer == "trl":
+        require_trl(config, ranks)
+    device = pick_device(config.device) if ranks.world == 1 else ranks.device
+    prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
+    target = load_target(config.models, device)
+    generator = load_generator(config.models, device)
+    metric = build_metric(config.metric, target, named_metric)
+    asked = config.prompts
+    form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
+    check_tokenizers(config, generator, target)
+    check_lengths(config, generator, target, prompts, form)
+    optimizer = torch.optim.AdamW(
+        generator.model.parameters(),
+        lr=config.policy.lr,
+        betas=(config.policy.beta1, config.policy.beta2),
+        eps=config.policy.eps,
+        weight_decay=config.policy.weight_decay,
+    )
+    reference = load_generator(config.models, device).model.requires_grad_(False) if config.policy.kl > 0 else None
+    players = Players(
+        generator=generator,
+        target=target,
+        metric=metric,
+        policy_optimizer=optimizer,
+        rng=torch.Generator(device).manual_seed(config.seed),
+        order_rng=torch.Generator().manual_seed(config.seed + 1),
+        reference=reference,
+        text_reward=build_text_reward(config, device),
+        redraw=partial(redraw_target, target, config.models) if config.models.redraw_target else None,
+        ranks=ranks,
+    )
+    sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
+    compared = agreement(generator, target, sample_texts(prompts))
+    return Built(players, loop_spec(config, generator, form), sampler, device, compared)
+
+
+def check_tokenizers(config: Config, generator: LanguageModel, target: LanguageModel) -> None:
+    """Refuse credit that needs one tokeniser where there are two.
+
+    Raises:
+        UsageError: naming both models.
+    """
+    if config.credit.mode == "expected" and not same_tokenizer(generator, target):
+        raise UsageError(
+            f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers, "
+            "and the credit mode 'expected' needs one.",
+            "--set credit.mode=token, or take two models of one family.",
+        )
+
+
+def check_lengths(
+    config: Config, generator: LanguageModel, target: LanguageModel, prompts: Sequence[str], form: PromptFormat
+) -> None:
+    """Refuse prompts and completions longer than the models' context, and prompts without a token.
+
+    Raises:
+        UsageError: naming the model and its limit.
+    """
+    completion, length = config.rollout.max_tokens, config.inner.max_length
+    longest = longest_prompt(form, prompts, (generator.context or 2**31) - completion)
+    remedy = "Shorten the prompts (--set prompts.max_tokens=N cuts them), or --set rollout.max_tokens=N."
+    if generator.context is not None and longest + completion > generator.context:
+        raise UsageError(
+            f"Prompt and completion take up to {longest:,} + {completion:,} tokens; "
+            f"the context of {generator.name!r} is {generator.context:,}.",
+            remedy,
+        )
+    bos = int(target.bos_id is not None)
+    if target.context is not None and length > target.context:
+        raise UsageError(
+            f"inner.max_length = {length:,} is more than the context of {target.name!r}, {target.context:,}.",
+            "Lower it.",
+        )
+    # Another tokeniser's sequences have lengths that nobody knows yet: they are cut to the context.
+    cut = bool(length) or not same_tokenizer(generator, target)
+    if target.context is not None and not cut and completion + bos > target.context:
+        raise UsageError(
+            f"Completions take up to {bos} + {completion:,} tokens; the context of {target.name!r} is {target.context:,}.",
+            "--set rollout.max_tokens=N, or cut examples with --set inner.max_length=N.",
+        )
+
+
+def longest_prompt(form: PromptFormat, prompts: Sequence[str], room: int) -> int:
+    """Tokens of the longest prompt as the generator reads it, or a bound at most `room` where all surely fit.
+
+    A token of text takes at least a byte in nearly every tokeniser, so only texts of more bytes than there is room for
+    are tokenised. Prompts that are cut need no look at all.
+
+    Raises:
+        UsageError: for an empty prompt that leaves the generator nothing to begin with.
+    """
+    around = len(form.encode([""])[0])
+    if form.max_tokens:
+        return around + form.max_tokens + 8  # a few tokens more where the pieces meet
+    longest = around
+    for prompt in prompts:
+        size = len(prompt.encode())
+        if size + around > room:
+            longest = max(longest, len(form.encode([prompt])[0]))
+        elif not size and not around:
+            raise UsageError(
+                "A prompt is empty, and the generator's tokeniser has no beginning-of-sequence token.",
+                "Take other --prompts, or a generator with such a token.",
+            )
+        else:
+            longest = max(longest, min(size + around, room))
+    return longest
+
+
+def sample_texts(prompts: Sequence[str]) -> list[str]:
+    """Some texts to compare tokenisers on: the first prompts, or sentences of the embedded world where they are empty."""
+    texts = [text for text in prompts[:COMPARED] if text.strip()]
+    return texts or world.sentences("eval", "en", COMPARED, seed=0)
+
+
+def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> LoopSpec:
+    """The loop's settings, as the engine takes them."""
+    rollout, inner, policy = config.rollout, config.inner, config.policy
+    return LoopSpec(
+        steps=config.steps,
+        sampling=Sampling(
+            group_size=rollout.group_size,
+            max_tokens=rollout.max_tokens,
+            min_tokens=rollout.min_tokens,
+            temperature=rollout.temperature,
+            eos_id=generator.eos_id,
+            pad_id=generator.pad_id,
+            batch_size=rollout.batch_size,
+            end_ids=generator.end_ids,
+            prompts=form,
+            portable=rollout.portable,
+        ),
+        optimizer=OptimizerSpec(
+            name=inner.optimizer,
+            lr=inner.lr,
+            beta1=inner.beta1,
+            beta2=inner.beta2,
+            eps=inner.eps,
+            eps_root=inner.eps_root,
+            weight_decay=inner.weight_decay,
+            momentum=inner.momentum,
+        ),
+        inner_batch=inner.batch_size,
+        normalization=inner.normalization,
+        micro_batch=inner.micro_batch,
+        credit=config.credit.mode,
+        discount=config.credit.discount,
+        policy=PolicySpec(
+            temperature=rollout.temperature,
+            clip=policy.clip,
+            kl=policy.kl,
+            epochs=policy.epochs,
+            minibatch=policy.minibatch,
+            micro_batch=policy.micro_batch,
+            max_grad_norm=policy.max_grad_norm,
+        ),
+        lr=policy.lr,
+        lr_warmup=policy.warmup,
+        lr_decay=policy.decay,
+        kl_decay=policy.kl_decay,
+        states=inner.states,
+        precision=inner.precision,
+        max_length=inner.max_length,
+        attribution=attribution_spec(config),
+    )
+
+
+def attribution_spec(config: Config) -> AttributionSpec:
+    """How completions are attributed, as the engine takes it."""
+    attribution = config.attribution
+    method = attribution.method if attribution.method in ("metagradient", "sgd", "naive") else "text"
+    return AttributionSpec(method, config.attribution_runs, attribution.cross_group, attribution.sgd_lr)

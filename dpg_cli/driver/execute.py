@@ -1,0 +1,384 @@
+"""A whole run: settings -> models and metric -> outer steps -> artefacts in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from dpg_cli.artefacts.dataset import Synthetic, draw, measure, write_card, write_parquet
+from dpg_cli.driver.build import Built, build
+from dpg_cli.driver.checkpoint import Schedule, forget_after, newest, place, require_same, write
+from dpg_cli.driver.fluency import fluency
+from dpg_cli.engine.loop import StepReport, train
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.state import follow_first, restore
+from dpg_cli.errors import InterruptedRunError, UsageError
+from dpg_cli.metrics.base import Pictured
+from dpg_cli.metrics.pattern import PatternMetric
+from dpg_cli.metrics.trial import UserMetric
+from dpg_cli.models.loading import LanguageModel, load_generator, quiet_transformers
+from dpg_cli.patterns.render import pattern_image
+from dpg_cli.report import write_report
+from dpg_cli.runs.files import WriteError, replacing, writing
+from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.sessions import Journal, Outcome, read_info
+from dpg_cli.runs.tracking import Trackers
+from dpg_cli.settings.config import Config
+
+
+@dataclass
+class StopRequest:
+    """How a signal handler or another thread asks a run to stop.
+
+    Attributes:
+        asked: set it, and the run stops after the present outer step, its state saved.
+        in_step: an outer step is under way. When none is, all that counts is saved already: stop by an exception.
+    """
+
+    asked: bool = False
+    in_step: bool = False
+
+
+def finished(folder: RunFolder, config: Config, on_stage: Callable[[str], None] = lambda stage: None) -> Outcome | None:
+    """The outcome of a run that needs no resume. A page that its end cut off is written now.
+
+    Raises:
+        UsageError: if it was begun with other settings than these.
+    """
+    outcome = read_info(folder)[0].outcome
+    if outcome is not None:
+        require_same(folder, config)
+        if not folder.report.is_file():
+            with folder.locked():
+                folder.tidy()
+                write_page(folder, on_stage)
+    return outcome
+
+
+def execute(
+    config: Config,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    on_built: Callable[[Built], None] = lambda built: None,
+    command: list[str] | None = None,
+    named_metric: str | None = None,
+    trackers: Trackers | None = None,
+    ranks: Ranks = ALONE,
+) -> Outcome:
+    """Run DPG, or go on with an unfinished run, and write every artefact of DESIGN §6.
+
+    Args:
+        config: the settings.
+        folder: a free run folder, made once the settings have proved good; with `resume` an unfinished run.
+        resume: go on from the newest checkpoint, and from the beginning where there is none yet.
+        stop: asks for an end after the present outer step.
+        on_step: called after each outer step.
+        on_stage: called with the name of each stage that begins.
+        on_built: called once models and metric stand.
+        command: the command line, for `run.json`.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        trackers: told of every outer step and of the outcome; opened here, closed by the caller.
+        ranks: the processes that share the run, of which this is the first; the others are in `assist`.
+
+    Raises:
+        DpgError: for bad settings, a folder that cannot be written or resumed, or a training that became degenerate.
+        InterruptedRunError: when it stopped because it was asked to.
+    """
+    stop, trackers = stop or StopRequest(), trackers or Trackers([])
+    on_stage("loading models")
+    torch.manual_seed(config.seed)
+    built = build(config, named_metric, ranks)
+    on_built(built)
+    if not resume:
+        folder.make()  # only now: what is refused above leaves nothing behind
+    with folder.locked(), advice(folder):
+        journal = (continued if resume else begun)(config, folder, built, command or [], on_stage)
+        try:
+            on_stage("training the generator")
+            trackers.start = journal.first_step
+            trackers.open(folder.path, config.model_dump(mode="json"))
+            training(config, folder, built, journal, stop, on_step, trackers)
+            journal.trained()
+            outcome = finish(config, folder, built, journal, on_stage)
+            trackers.result(outcome.measures, outcome.control)
+            return outcome
+        except (KeyboardInterrupt, InterruptedRunError):
+            journal.stop("interrupted")
+            raise
+        except BaseException:
+            journal.stop("failed")
+            raise
+
+
+@contextlib.contextmanager
+def advice(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on when something cannot be written, for example on a full disk."""
+    try:
+        yield
+    except WriteError as error:
+        if not folder.config.is_file():
+            raise
+        raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
+
+
+def begun(
+    config: Config, folder: RunFolder, built: Built, command: list[str], on_stage: Callable[[str], None]
+) -> Journal:
+    """The folder of a new run, with its settings.
+
+    Raises:
+        UsageError: if another process has begun a run in it meanwhile.
+    """
+    RunFolder.free(folder.path, leftovers=True)
+    folder.tidy()
+    if isinstance(built.players.metric, PatternMetric):
+        write_png(folder.pattern, pattern_image(built.players.metric.pattern))
+    folder.write_config(config)  # from here on it is a run, which can be resumed
+    journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
+    describe(folder, built, journal)
+    return journal
+
+
+def describe(folder: RunFolder, built: Built, journal: Journal) -> None:
+    """Keep what the data is for, and of a user's own metric its record and source. A session that was cut off before it
+    did so leaves it to the next."""
+    metric = built.players.metric
+    journal.data.setdefault("effect", metric.describe())
+    if isinstance(metric, UserMetric):
+        journal.data.setdefault("metric", metric.record())
+        if (source := metric.factory.source) is not None and not folder.metric_file.is_file():
+            with replacing(folder.metric_file) as temporary:
+                temporary.write_bytes(source)
+    journal.write()
+
+
+def continued(
+    config: Config, folder: RunFolder, built: Built, command: list[str], on_stage: Callable[[str], None]
+) -> Journal:
+    """Put an unfinished run into the state of its newest good checkpoint.
+
+    Raises:
+        UsageError: if the folder was begun with other settings, or no checkpoint can be used.
+    """
+    folder.tidy()
+    require_same(folder, config)
+    if config.trainer == "trl":
+        from dpg_cli.driver.trl_trainer import newest_step
+
+        step, _ = newest_step(folder.trl, config)
+        on_stage(f"going on after outer step {step} of {config.steps}" if step else "no checkpoint yet: beginning anew")
+        dropped = folder.rewind_metrics(folder.metrics_size(step))
+        return Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    checkpoint, faults = newest(folder, config, built)
+    for fault in faults:
+        on_stage(f"{fault}; the one before it is taken")
+    step = 0
+    if checkpoint is not None:
+        step = checkpoint.header.step
+        on_stage(f"going on after outer step {step} of {config.steps}")
+        if checkpoint.header.place != place(built):
+            on_stage(f"saved by {checkpoint.header.place}, this is {place(built)}: last digits may differ")
+        restore(built.players, checkpoint.state)
+    else:
+        on_stage("no checkpoint was written yet: beginning anew")
+    dropped = folder.rewind_metrics(checkpoint.header.metrics_bytes if checkpoint else 0)
+    forget_after(folder, step)
+    journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    describe(folder, built, journal)
+    return journal
+
+
+def training(
+    config: Config,
+    folder: RunFolder,
+    built: Built,
+    journal: Journal,
+    stop: StopRequest,
+    on_step: Callable[[StepReport], None],
+    trackers: Trackers,
+) -> None:
+    """The outer steps that are left, with their log and checkpoints.
+
+    Raises:
+        InterruptedRunError: when it stopped because it was asked to.
+    """
+    schedule = Schedule(config.checkpoint)
+
+    def log(report: StepReport) -> None:
+        fluent = fluency(config, report.rollout, built.players.generator.tokenizer)
+        report = replace(report, numbers={**report.numbers, **fluent})
+        done = report.step + 1
+        folder.append_metrics(report.numbers)
+        trackers.log(report.numbers)
+        on_step(report)
+        if config.trainer == "trl":
+            return
+        asked = built.players.ranks.any(stop.asked)
+        if asked or done == config.steps or schedule.due(done):
+            schedule.wrote(write(folder, config, built, done))
+            journal.write()
+        if asked:
+            raise stopped(done, config, folder.path)
+
+    stop.in_step = True
+    try:
+        earlier = folder.read_metrics()[: journal.first_step]
+        built.players.ranks.agreed({"first": journal.first_step, "earlier": earlier})
+        follow_first(built.players)
+        if config.trainer == "trl":
+            by_trl(config, built, folder.path, log, stop, schedule, earlier)
+        else:
+            train(built.players, built.spec, built.prompts.at, log, journal.first_step, earlier)
+    finally:
+        stop.in_step = False
+
+
+def by_trl(
+    config: Config,
+    built: Built,
+    folder: Path,
+    log: Callable[[StepReport], None],
+    stop: StopRequest,
+    schedule: Schedule,
+    earlier: Sequence[Mapping[str, float]],
+) -> None:
+    """The outer steps by TRL's trainer, on every rank. Its checkpoints are written when ours would be.
+
+    Raises:
+        InterruptedRunError: when it stopped because it was asked to.
+    """
+    from dpg_cli.driver.trl_trainer import train as train_by_trl
+
+    ranks = built.players.ranks
+    asked_at = 0
+
+    def due(done: int) -> bool:
+        nonlocal asked_at
+        asked_at = done if ranks.any(stop.asked) else 0
+        save = ranks.any(bool(asked_at) or done == config.steps or schedule.due(done))
+        if save:
+            schedule.wrote(0.0)
+        return save
+
+    def over() -> int:
+        return asked_at
+
+    train_by_trl(config, built, RunFolder(folder).trl, log, due, over, earlier)
+    if asked_at and asked_at < config.steps:
+        raise stopped(asked_at, config, folder)
+
+
+def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:
+    """What a run that was asked to stop ends with, on every rank."""
+    return InterruptedRunError(
+        f"Stopped after outer step {done} of {config.steps}; all of it is saved.", f"Go on with: dpg resume {folder}"
+    )
+
+
+def finish(
+    config: Config, folder: RunFolder, built: Built, journal: Journal, on_stage: Callable[[str], None]
+) -> Outcome:
+    """Everything after the training: dataset, models, picture. Repeated from the last checkpoint when it is cut short."""
+    on_stage("writing the dataset")
+    synthetic, control = final_data(config, built, folder)
+    write_model(folder.generator, built.players.generator)
+    journal.write()
+    on_stage("writing the target")
+    write_target(folder, built, synthetic)
+    outcome = journal.finish(
+        {"phi": synthetic.result.value, **synthetic.result.measures},
+        None if control is None else {"phi": control.result.value, **control.result.measures},
+    )
+    write_page(folder, on_stage)
+    return outcome
+
+
+def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
+    """The page of a finished run, the last of its files. Where it cannot be written, the run stays finished without it."""
+    try:
+        write_report(folder)
+    except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
+        on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
+
+
+def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:
+    """Sample, attribute and write the final dataset and, if asked for, the untrained generator's."""
+    players, spec = built.players, built.spec
+    with writing(folder.dataset):
+        folder.dataset.mkdir(exist_ok=True)
+    found: dict[str, Synthetic] = {}
+    for name, generator, synthetic in syntheses(config, built):
+        found[name] = synthetic
+        path = folder.dataset / f"{name}.parquet"
+        rewards = synthetic if name == "train" else None
+        write_parquet(path, synthetic.rollout, generator, players.target, rewards, spec.max_length)
+    synthetic, control = found["train"], found.get("control")
+    write_card(
+        folder.dataset / "README.md",
+        config,
+        players.metric.describe(),
+        {"phi": synthetic.result.value, **synthetic.result.measures},
+        None if control is None else {"phi": control.result.value, **control.result.measures},
+    )
+    return synthetic, control
+
+
+def syntheses(config: Config, built: Built) -> Iterator[tuple[str, LanguageModel, Synthetic]]:
+    """Sample and attribute the final dataset ("train") and, if asked for, the untrained generator's ("control"), with the
+    generator of each. All ranks do this together."""
+    players, size = built.players, config.dataset.examples
+    for name in ("train", "control") if config.dataset.control else ("train",):
+        generator = players.generator if name == "train" else load_generator(config.models, built.device)
+        rollout = draw(generator, built.spec, built.prompts, size, config.steps, config.seed + 2, players.ranks)
+        yield name, generator, measure(players, built.spec, rollout, config.inner_steps)
+
+
+def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:
+    """Save model and tokeniser so that AutoModelForCausalLM and AutoTokenizer load them, and a patch beside them."""
+    with quiet_transformers(), replacing(path) as temporary:
+        language_model.model.save_pretrained(temporary)
+        language_model.tokenizer.save_pretrained(temporary)
+        if patch:
+            save_file(patch, temporary / "patch.safetensors")
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
+    """Save the fine-tuned target, the patch before and after, and its picture."""
+    target, metric = built.players.target, built.players.metric
+    final = synthetic.result.final
+    before = {name: parameter.detach().clone() for name, parameter in target.model.named_parameters()}
+    assign_parameters(target.model, final)
+    patch = {}
+    if isinstance(metric, Pictured):
+        patch = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
+    try:
+        write_model(folder.target, target, patch)
+    finally:
+        assign_parameters(target.model, before)
+    if isinstance(metric, Pictured):
+        write_png(folder.image, metric.picture(final))
+
+
+@torch.no_grad()
+def assign_parameters(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Copy values into a model's parameters by name."""
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -1,0 +1,233 @@
+"""Sampling completions from the generator: batched, with a key-value cache, log-probabilities recorded.
+
+A group shares its prompt, so the prompt is read once and its cache repeated G times.
+
+One process draws from its device's own stream of random numbers. Processes that share a run take prompts each, and all
+draw one table of uniforms, (N, K), which they invert the distribution with: a completion is then the same whatever the
+number of processes and the batch that it is sampled in (but where rounding decides). `Sampling.portable` does so alone, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dpg_cli.data.chat import PromptFormat
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.records import Rollout
+from dpg_cli.errors import DegenerateError, UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        group_size: G, completions a prompt.
+        max_tokens: longest completion, end-of-sequence included.
+        min_tokens: the end-of-sequence token cannot be drawn before this many tokens.
+        temperature: divides the logits.
+        eos_id, pad_id: of the generator's tokeniser.
+        batch_size: completions sampled at once; a whole group at the least.
+        end_ids: further tokens that end a completion, such as an instruct model's end of turn.
+        prompts: how a prompt becomes token ids; None tokenises its text as it is.
+        portable: draw by the table of uniforms also where one process samples alone.
+    """
+
+    group_size: int
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    eos_id: int
+    pad_id: int
+    batch_size: int = 1024
+    end_ids: tuple[int, ...] = ()
+    prompts: PromptFormat | None = None
+    portable: bool = False
+
+    def ends(self) -> list[int]:
+        """Every token that ends a completion."""
+        return list(dict.fromkeys((self.eos_id, *self.end_ids)))
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: list[str], pad_id: int, form: PromptFormat | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids of the prompts, left-padded; `form` says how a prompt becomes ids, None takes its text as it is.
+
+    Returns:
+        Ids (P, Q), int64, and their mask, bool.
+    """
+    rows = (form or PromptFormat(tokenizer)).encode(prompts)
+    longest = max(len(row) for row in rows)
+    if min(len(row) for row in rows) == 0:
+        raise UsageError(
+            "A prompt is empty, and the generator's tokeniser has no beginning-of-sequence token.",
+            "Take other prompts.",
+        )
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[str],
+    sampling: Sampling,
+    rng: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Rollout:
+    """Sample G completions for each prompt.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokeniser.
+        prompts: P texts.
+        sampling: settings.
+        rng: source of randomness, on the model's device; the same on every rank.
+        progress: called as progress(completions done, of how many) after each batch.
+        ranks: the processes that share the prompts; all get the whole rollout.
+
+    Returns:
+        The rollout of N = P · G rows, group by group.
+
+    Raises:
+        DegenerateError: if the generator gives no finite probabilities.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    groups, share = sampling.group_size, ranks.shard(len(prompts))
+    own = prompts[share]
+    table = None
+    if sampling.portable or ranks.world > 1:
+        table = uniforms(rng, len(prompts) * groups, sampling.max_tokens)[share.start * groups : share.stop * groups]
+    per_batch = max(1, sampling.batch_size // groups)
+    parts = [_nothing(model)] if not own else []
+    for start in range(0, len(own), per_batch):
+        ids, mask = encode_prompts(tokenizer, own[start : start + per_batch], sampling.pad_id, sampling.prompts)
+        rows = slice(start * groups, (start + per_batch) * groups)
+        draw = partial(from_stream, rng) if table is None else partial(from_uniforms, table[rows].to(device))
+        parts.append((ids, mask, *_sample_batch(model, ids.to(device), mask.to(device), sampling, draw)))
+        if progress is not None:
+            progress(min(start + per_batch, len(own)) * groups, len(own) * groups)
+    model.train(training)
+
+    longest_prompt = max(ids.shape[1] for ids, *_ in parts)
+    longest = max(tokens.shape[1] for _, _, tokens, *_ in parts)
+
+    def right(tensor: Tensor, fill: float) -> Tensor:
+        return nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=fill)
+
+    def left(tensor: Tensor, fill: float) -> Tensor:
+        padded = nn.functional.pad(tensor, (longest_prompt - tensor.shape[1], 0), value=fill)
+        return padded.to(device).repeat_interleave(groups, 0)
+
+    def gather_left(tensor: Tensor, fill: float) -> Tensor:
+        return ranks.gather(tensor.flip(1), fill).flip(1) if ranks.world > 1 else tensor
+
+    mask_N_K = ranks.gather(torch.cat([right(mask, False) for *_, mask, _, _ in parts]))
+    entropy = ranks.total(sum(float(total) for *_, total in parts)) / max(1, int(mask_N_K.sum()))
+    return Rollout(
+        prompts=[prompt for prompt in prompts for _ in range(groups)],
+        prompt_ids_N_Q=gather_left(torch.cat([left(ids, sampling.pad_id) for ids, *_ in parts]), sampling.pad_id),
+        prompt_mask_N_Q=gather_left(torch.cat([left(mask, False) for _, mask, *_ in parts]), False),
+        ids_N_K=ranks.gather(
+            torch.cat([right(tokens, sampling.pad_id) for _, _, tokens, *_ in parts]), sampling.pad_id
+        ),
+        mask_N_K=mask_N_K,
+        logprobs_N_K=ranks.gather(torch.cat([right(logprobs, 0.0) for *_, logprobs, _ in parts])),
+        group_size=groups,
+        entropy=entropy,
+    )
+
+
+def _nothing(model: nn.Module) -> tuple[Tensor, ...]:
+    """The parts of a batch without prompts: what a rank has that got none."""
+    parameter = next(model.parameters())
+    ids = torch.zeros(0, 1, dtype=torch.int64)
+    tokens = ids.to(parameter.device)
+    return ids, ids.bool(), tokens, tokens.bool(), tokens.to(parameter.dtype), parameter.new_zeros(())
+
+
+def uniforms(rng: torch.Generator, rows: int, columns: int) -> Tensor:
+    """A table of uniforms in [0, 1), (rows, columns), float64, on the CPU: one number of `rng` is its seed."""
+    seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
+    return torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def from_stream(rng: torch.Generator, step: int, pi: Tensor) -> Tensor:
+    """A token of each row of probabilities, (N, 1), by the device's own stream."""
+    return torch.multinomial(pi, 1, generator=rng)
+
+
+def from_uniforms(table_N_K: Tensor, step: int, pi: Tensor) -> Tensor:
+    """A token of each row of probabilities, (N, 1): where the distribution function passes the uniform of this step."""
+    cumulated = pi.cumsum(1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    place = torch.minimum(table_N_K[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, place, right=True)  # the first that passes it has a probability above 0
+
+
+def _sample_batch(
+    model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, draw: Callable[[int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, mask and log-probabilities of one batch, each (P·G, K), and the summed entropy of its real tokens."""
+    groups = sampling.group_size
+    cache = DynamicCache(config=model.config)
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    padded = not bool(mask.all())
+    output = model(
+        input_ids=ids,
+        attention_mask=mask.long() if padded else None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = output.logits[:, -1].repeat_interleave(groups, 0)
+    cache.batch_repeat_interleave(groups)
+    full_mask = mask.long().repeat_interleave(groups, 0)
+    position = positions[:, -1:].repeat_interleave(groups, 0)
+    alive = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(sampling.ends(), device=ids.device)
+    tokens, masks, logprobs = [], [], []
+    entropy = torch.zeros((), dtype=logits.dtype, device=ids.device)
+    for step in range(sampling.max_tokens):
+        logits = logits / sampling.temperature
+        if step + 1 < sampling.min_tokens:
+            logits[:, ends] = -torch.inf
+        log_pi = torch.log_softmax(logits, -1)
+        if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
+            raise DegenerateError(
+                "The generator's probabilities are not finite: its training diverged.", "Lower policy.lr."
+            )
+        pi = log_pi.exp()
+        token = draw(step, pi)
+        chosen = log_pi.gather(1, token)[:, 0]
+        entropy -= (pi * log_pi.clamp_min(-1e4)).sum(1)[alive].sum()
+        tokens.append(torch.where(alive, token[:, 0], sampling.pad_id))
+        masks.append(alive)
+        logprobs.append(torch.where(alive, chosen, 0.0))
+        alive = alive & ~torch.isin(token[:, 0], ends)
+        if step + 1 == sampling.max_tokens or not alive.any():
+            break
+        full_mask = nn.functional.pad(full_mask, (0, 1), value=1)
+        position = position + 1
+        logits = model(
+            input_ids=token,
+            attention_mask=full_mask if padded else None,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), entropy

@@ -1,0 +1,206 @@
+"""The target as its passes see it, and the first-order pass over a batch, by micro-batches.
+
+Everything here works on any Hugging Face causal LM (a module whose call with `input_ids` returns `.logits`). The
+first-order pass keeps the fast attention kernel. Where the LM head is a standard one, it calls the backbone alone and
+takes the closed forms of `head.py`; else it goes through the model's logits. The second-order pass is `reverse/dual_pass.py`.
+Gradients are accumulated in place, in views of one flat vector. Where several processes share a run, each takes its own
+rows of a batch, and gradient and Hessian-vector product are summed over them; Z is the whole batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dpg_cli.engine.inner.head import Head, find_head, first_order
+from dpg_cli.engine.inner.product import PlainMode, Precision
+from dpg_cli.engine.inner.remembered import Piece, Remembered
+from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.records import Examples
+
+Normalization = Literal["token", "example"]
+CPU_TOKENS = 4096  # of an automatic micro-batch on the CPU: activations stay near the cores' caches
+
+
+@dataclass(frozen=True)
+class TargetRun:
+    """A target with the fixed choices of its inner run.
+
+    Attributes:
+        model: the causal LM; its own parameters are never changed by the passes.
+        space: its parameters as a flat vector.
+        normalization: Z_t = valid tokens of the batch ("token"), or B × length, pads counted as zero ("example").
+        length: sequence length of the examples, pads included; used by "example" alone.
+        micro_batch: rows in memory at once; 0 takes about 4,096 tokens on the CPU, and all rows elsewhere.
+        closed_head: take the LM head by closed forms where it is a standard one.
+        precision: of the backbone's linear maps, see `product.py`.
+        ranks: the processes that share the batches.
+        head: that head, or None.
+    """
+
+    model: nn.Module
+    space: ParameterSpace
+    normalization: Normalization = "token"
+    length: int = 1
+    micro_batch: int = 0
+    closed_head: bool = True
+    precision: Precision = "float32"
+    ranks: Ranks = ALONE
+    head: Head | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head", find_head(self.model) if self.closed_head else None)
+
+    def normalizer(self, batch: Examples) -> float:
+        """Z_t of a whole inner batch. It never depends on the data weights."""
+        if self.normalization == "token":
+            return float(max(1, int(batch.label_N_S.sum())))
+        return float(len(batch) * self.length)
+
+    def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
+        """This rank's rows of the batch in micro-batches, each cut to its longest row."""
+        own = self.ranks.shard(len(batch))
+        rows = own.stop - own.start
+        if not rows:
+            return
+        size = self.micro_batch
+        if not size:
+            size = max(1, CPU_TOKENS // batch.ids_N_S.shape[1]) if batch.ids_N_S.device.type == "cpu" else rows
+        count = -(-rows // size)
+        size = -(-rows // count)  # even ones
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
+            yield slice(start, stop), batch.rows(start, stop)
+
+    def leaves(self, theta: Tensor, into: Tensor | None) -> dict[str, Tensor]:
+        """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
+        if into is None:
+            return self.space.views(theta)
+        leaves = {name: view.detach().requires_grad_() for name, view in self.space.views(theta).items()}
+        for name, view in self.space.views(into).items():
+            leaves[name].grad = view
+        return leaves
+
+
+def logits_of(model: nn.Module, parameters: dict[str, Tensor], piece: Examples) -> Tensor:
+    """Logits that predict tokens 1 … S-1: shape (B, S-1, V)."""
+    # Right-padded rows need no attention mask: a causal model never looks to the right, and pads carry no loss.
+    output = functional_call(model, parameters, args=(), kwargs={"input_ids": piece.ids_N_S, "use_cache": False})
+    return output.logits[:, :-1]
+
+
+def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples) -> Tensor:
+    """The backbone's last hidden state, shape (B, S, D)."""
+    kwargs = {"input_ids": piece.ids_N_S, "use_cache": False}
+    return functional_call(head.base, head.base_parameters(parameters), (), kwargs).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The trained tokens of a piece, flattened.
+
+    Attributes:
+        before_M: place in the flat (B · S) axis of the token *before* each, whose hidden state predicts it.
+        ids_M: the tokens.
+        mask_M: mask / Z of each.
+        weighted_M: that times the data weight of its example.
+    """
+
+    before_M: Tensor
+    ids_M: Tensor
+    mask_M: Tensor
+    weighted_M: Tensor
+
+    @classmethod
+    def of(cls, piece: Examples, weights_B: Tensor, scale: float) -> Labelled:
+        """Flatten the piece's labels."""
+        places = piece.label_N_S.reshape(-1).nonzero()[:, 0]
+        rows = torch.div(places, piece.ids_N_S.shape[1], rounding_mode="floor")
+        mask = weights_B.new_full((len(places),), scale)
+        return cls(places - 1, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale)
+
+
+def backward(outputs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -> None:
+    """Add the gradients of Σ <output, adjoint> to the leaves' `.grad`, in place."""
+    live = [(output, bar) for output, bar in outputs if output.requires_grad]
+    if live:
+        torch.autograd.backward([o for o, _ in live], [b for _, b in live], inputs=list(leaves.values()))
+
+
+def loss_gradient(
+    run: TargetRun, theta: Tensor, batch: Examples, weights_B: Tensor, remembered: Remembered | None = None
+) -> tuple[Tensor, float]:
+    """g = ∇_θ Σ_i w_i Σ_s mask_is ℓ_is / Z, and the loss itself.
+
+    Args:
+        run: the target and its settings.
+        theta: θ, shape (n,).
+        batch: one inner batch.
+        weights_B: data weights.
+        remembered: takes products that a dual pass over this batch at this θ can use.
+
+    Returns:
+        The gradient, shape (n,), and the weighted loss; both of the whole batch.
+    """
+    total = torch.zeros_like(theta)
+    leaves = run.leaves(theta, total)
+    loss_sum = 0.0
+    scale = 1.0 / run.normalizer(batch)
+    with fused_activations(run.model):
+        for rows, piece in run.pieces(batch):
+            made = None if remembered is None else remembered.add()
+            if run.head is None:
+                loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
+                continue
+            tokens = Labelled.of(piece, weights_B[rows], scale)
+            with torch.enable_grad(), PlainMode(run.precision, made):
+                hidden = hidden_of(run.head, leaves, piece)
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            weight, bias = run.head.parameters(leaves)
+            loss, bar = first_order(
+                flat[tokens.before_M], weight.detach(), None if bias is None else bias.detach(), tokens.ids_M,
+                tokens.weighted_M, weight.grad, None if bias is None else bias.grad,
+            )  # fmt: skip
+            loss_sum += loss
+            if made is not None:
+                made.keep_hidden_bar(bar)
+            hidden_bar = torch.zeros_like(flat).index_copy_(0, tokens.before_M, bar).view_as(hidden)
+            backward([(hidden, hidden_bar)], leaves)
+    return run.ranks.sum_(total), run.ranks.total(loss_sum)
+
+
+def _plain_gradient(
+    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None
+) -> float:
+    """The same through the model's own logits."""
+    with torch.enable_grad(), PlainMode(run.precision, made):
+        logits = logits_of(run.model, leaves, piece)
+        labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        loss = (losses.sum(1) * weights_B).sum() * scale
+    backward([(loss, torch.ones_like(loss))], leaves)
+    return float(loss.detach())
+
+
+def _fused_gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@contextmanager
+def fused_activations(model: nn.Module) -> Iterator[None]:
+    """Within this context, activations that transformers spells out in eight elementwise calls are one fused call."""
+    spelled = [module for module in model.modules() if type(module).__name__ == "NewGELUActivation"]
+    for module in spelled:
+        module.forward = _fused_gelu
+    try:
+        yield
+    finally:
+        for module in spelled:
+            del module.forward

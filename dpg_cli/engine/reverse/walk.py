@@ -1,0 +1,135 @@
+"""The reverse pass over an inner run, from ∂Φ/∂θ_T to the credit of each token.
+
+    (θ̄, m̄, v̄)_{t+1}  --adjoint of U-->  ḡ_t and direct parts of (θ̄, m̄, v̄)_t
+    τ_is = mask_is <ḡ_t, ∇ℓ_is(θ_t)> / Z_t,        θ̄_t += ∇_θ <ḡ_t, ∇L_t(θ_t)>   (not at t = 0)
+
+Source: DESIGN §2, step 4. Adjoints are written over the states that they replace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from dpg_cli.engine.detect import regime
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, no_vector
+from dpg_cli.engine.inner.run import InnerRun, Progress, all_finite
+from dpg_cli.engine.inner.target import TargetRun, loss_gradient
+from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.dual_pass import dual_pass
+from dpg_cli.errors import DegenerateError
+
+WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
+
+
+def reverse(
+    run: TargetRun,
+    trace: InnerRun,
+    examples: Examples,
+    optimizer: OptimizerSpec,
+    weights_N: Tensor,
+    theta_bar: Tensor,
+    labels: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Walk the inner run backwards from ∂Φ/∂θ_T.
+
+    Args:
+        trace: the inner run; its tape is used up.
+        theta_bar: ∂Φ/∂θ_T, shape (n,); used up.
+        labels: also return the credit of every label.
+
+    Returns:
+        τ_is, shape (N, S); τ_is(y), shape (N, S, V), or None; how far the first update is from sign(g).
+
+    Raises:
+        DegenerateError: if a metagradient is not finite.
+    """
+    tokens = theta_bar.new_zeros(examples.ids_N_S.shape)
+    every: Tensor | None = None
+    total = len(trace.batches)
+    nothing = no_vector(theta_bar)
+    bar = State(theta_bar, nothing, nothing)
+    del theta_bar
+    stats: dict[str, float] = {}
+    exact: Tensor | None = None
+    for number in reversed(range(total)):
+        before, grad, remembered = trace.tape.pop()
+        if number == 0:
+            stats = regime(optimizer, grad, bar.theta)
+            if run.precision != "float32":
+                rows = slice(*trace.batches[0])
+                batch = examples.rows(rows.start, rows.stop)
+                exact = exact_first_credits(run, optimizer, bar, before, batch, weights_N[rows])
+        grad_bar, bar = adjoint(optimizer, bar, before, grad, number, consume=True, first=number == 0)
+        theta = before.theta
+        del before, grad
+        start, stop = trace.batches[number]
+        batch, rows = examples.rows(start, stop), slice(start, stop)
+        width = batch.ids_N_S.shape[1]
+        dual = dual_pass(
+            run,
+            theta,
+            grad_bar,
+            batch,
+            weights_N[rows],
+            need_hvp=number > 0,
+            need_labels=labels,
+            hvp_into=bar.theta if number else None,
+            remembered=remembered,
+        )
+        del theta, grad_bar, remembered  # before the tape makes the next state
+        tokens[rows, :width] = dual.token_B_S
+        if exact is not None:
+            stats["precision_error"] = precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact)))
+        if dual.label_B_S_V is not None and dual.label_B_S_V.shape[:2] == tokens.shape:
+            every = dual.label_B_S_V
+        elif dual.label_B_S_V is not None:
+            if every is None:
+                every = tokens.new_zeros(*tokens.shape, dual.label_B_S_V.shape[-1])
+            every[rows, :width] = dual.label_B_S_V
+        if progress is not None:
+            progress("reverse", total - number, total)
+    run.ranks.sum_(tokens)
+    if labels and run.ranks.world > 1:
+        size = run.ranks.largest(0 if every is None else every.shape[-1])  # a rank without rows knows no vocabulary
+        every = run.ranks.sum_(tokens.new_zeros(*tokens.shape, size) if every is None else every.contiguous())
+    if not all_finite(tokens):
+        raise DegenerateError(
+            "Metagradients are not finite.",
+            "Lower inner.lr or raise inner.eps_root; with inner.eps = 0 the update has no derivative at zero.",
+        )
+    return tokens, every, stats
+
+
+def exact_first_credits(
+    run: TargetRun, spec: OptimizerSpec, bar: State, before: State, batch: Examples, weights_B: Tensor
+) -> Tensor:
+    """Token credits of the first inner step in float32, its gradient and adjoint included: with a small ε the update is
+    nearly sign(g), and the rounding of g, harmless to the training, changes the derivative most.
+
+    Args:
+        bar: the adjoints of the state after the first step.
+        before: the state before it.
+    """
+    exact = replace(run, precision="float32")
+    grad, _ = loss_gradient(exact, before.theta, batch, weights_B)
+    direction, _ = adjoint(spec, bar, before, grad, 0, first=True)
+    return dual_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
+
+
+def precision_error(token_B_S: Tensor, exact_B_S: Tensor) -> float:
+    """Relative error of token credits.
+
+    Raises:
+        DegenerateError: if it is more than `WORST_PRECISION`.
+    """
+    size = float(exact_B_S.norm())
+    error = float((token_B_S - exact_B_S).norm()) / size if size else 0.0
+    if not error <= WORST_PRECISION:
+        raise DegenerateError(
+            f"In bf16 the credits of the first inner step are {error:.0%} off those of float32: they mean little.",
+            "Set inner.precision = 'float32', or raise inner.eps.",
+        )
+    return error

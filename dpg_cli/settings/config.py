@@ -1,0 +1,405 @@
+"""The resolved settings of a run: frozen, closed (unknown keys are refused), all faults reported together.
+
+This module is free of torch, so that `dpg presets` answers at once. Sections follow the stages of an outer step
+(rollout -> inner run -> credit -> policy); names follow the glossary of the documentation.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.settings.metric_options import (
+    FRESH,
+    METRIC_NAMES,
+    Count,
+    Decay,
+    MetricOptions,
+    NonNegative,
+    PatternOptions,
+    Positive,
+    PositiveInt,
+    Section,
+    TextLossOptions,
+)
+from dpg_cli.settings.metric_options import CustomOptions as CustomOptions
+from dpg_cli.settings.metric_options import NormOptions as NormOptions
+
+DEEPEST = 8  # levels of tables and lists in settings
+
+
+class ModelsConfig(Section):
+    """Which models play the generator and the target. `tiny` names the embedded model; else a folder or a hub name."""
+
+    generator: str = "tiny"
+    target: str = "tiny"
+    generator_init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: the same architecture, blank; with equal seeds two blank models are equal"
+    )
+    target_init: Literal["pretrained", "random"] = "pretrained"
+    redraw_target: bool = Field(
+        False, description="another blank target at every outer step: what is learnt then suits any, not one"
+    )
+    init_seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the blank models")
+    untie_target: bool = Field(True, description="give the target's LM head its own weights, with the tied values")
+    untie_generator: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class PromptsConfig(Section):
+    """Where prompts come from and how many an outer step takes."""
+
+    source: str = Field(
+        "tiny",
+        description="`tiny`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
+    )
+    per_step: PositiveInt = Field(64, description="P: prompts an outer step")
+    limit: Count = Field(
+        0, description="only the first so many prompts of a source; 0: all. Hub datasets are then streamed"
+    )
+    holdout: Count = Field(0, description="prompts at the end of a source, kept for evaluation alone")
+    max_tokens: Count = Field(0, description="prompts are cut after so many tokens of the generator; 0: never")
+    instruction: str = Field("", description="what the generator is asked, with {text} where the prompt goes")
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto", description="wrap prompts by the generator's chat template; auto: where it has one"
+    )
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if value and "{text}" not in value:
+            raise ValueError("has no {text} where the prompt goes")
+        return value
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    group_size: PositiveInt = Field(4, description="G: completions a prompt")
+    max_tokens: PositiveInt = Field(32, description="longest completion, in tokens of the generator")
+    min_tokens: PositiveInt = Field(1, description="the end-of-sequence token cannot be drawn before this many tokens")
+    temperature: Positive = 1.0
+    batch_size: PositiveInt = Field(1024, description="completions sampled at once, by each process")
+    portable: bool = Field(
+        False,
+        description="draw completions that do not depend on the number of processes, nor on batch_size or device beyond "
+        "rounding; with several processes always so",
+    )
+
+
+class InnerConfig(Section):
+    """The inner run: ordinary supervised fine-tuning of the target on the completions."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: NonNegative = 1e-8
+    eps_root: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    momentum: Decay = Field(0.0, description="SGD only")
+    batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
+    normalization: Literal["token", "example"] = "token"
+    max_length: Count = Field(
+        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
+    )
+    micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
+    states: Literal["keep", "sqrt", "offload"] = Field(
+        "keep",
+        description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
+        "(from an accelerator: in host memory); changes memory and time, and rounding",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
+        "the credits of the first inner step are a quarter off",
+    )
+
+
+class AttributionConfig(Section):
+    """What a completion is worth: the metagradient, or one of the paper's controls and ablations."""
+
+    method: Literal["metagradient", "sgd", "naive", "edit-distance", "language-id", "embedding"] = Field(
+        "metagradient",
+        description="sgd: through an SGD inner run; naive: each example gets Φ of its inner run; the rest read the text",
+    )
+    sgd_lr: NonNegative = Field(
+        0.0,
+        description="of the SGD inner run that `sgd` differentiates; 0: its first step is as long as the optimiser's",
+    )
+    cross_group: bool = Field(
+        True, description="completions of one prompt may share an inner run; false: at most one of them in each"
+    )
+    inner_runs: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="inner runs that share an outer step's completions; 0: one, or G without cross_group"
+    )
+    language: Literal["", "en", "es", "de", "fr", "it"] = Field(
+        "", description="language-id: the asked language, by default the metric's"
+    )
+    documents: PositiveInt = Field(64, description="edit-distance and embedding: held-out texts to compare with")
+    embedding_model: str = Field("", description="embedding: a sentence-transformers folder or hub name")
+
+
+class CreditConfig(Section):
+    """How rewards reach tokens."""
+
+    mode: Literal["sequence", "token", "expected"] = "expected"
+    discount: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="γ of future rewards in token and expected credit; below 1 trades bias for variance"
+    )
+
+
+class PolicyConfig(Section):
+    """The policy-gradient step on the generator."""
+
+    lr: Positive = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = Field(1.0, description="0 turns clipping off")
+    clip: Positive = Field(0.2, description="ratio clipping range of PPO/GRPO")
+    epochs: PositiveInt = 1
+    minibatch: PositiveInt = Field(256, description="completions a policy-optimiser step")
+    micro_batch: Count = Field(
+        0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
+    )
+    kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
+    kl_decay: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps over which kl falls to 0"
+    )
+    warmup: Annotated[int, Field(ge=0, le=2**31)] = Field(0, description="outer steps of linear learning-rate warm-up")
+    decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps over which lr falls to 0")
+
+
+class TrlConfig(Section):
+    """What only `trainer = "trl"` reads."""
+
+    vllm: Literal["off", "colocate", "server"] = Field(
+        "off", description="rollouts by vLLM through TRL: on the GPUs that train, or on a server; extra `vllm`"
+    )
+    gradient_checkpointing: bool = Field(False, description="of the generator: less memory, about a third more time")
+
+
+class DatasetConfig(Section):
+    """The dataset that a finished run exports."""
+
+    examples: PositiveInt = 1024
+    control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
+
+
+class CheckpointConfig(Section):
+    """When the state of an unfinished run is saved. It changes nothing in the result."""
+
+    every_seconds: NonNegative = Field(
+        60.0, description="least time between two checkpoints; writing them takes a twentieth of the time at most"
+    )
+    every_steps: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="outer steps between two checkpoints, whatever they take; 0 goes by the time"
+    )
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    task: str = "qr-embed"
+    scale: str = "tiny"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    steps: PositiveInt = Field(100, description="outer steps")
+    device: str = "auto"
+    trainer: Literal["dpg", "trl"] = Field(
+        "dpg", description="who trains the generator: dpg's own loop, or TRL's GRPOTrainer"
+    )
+    models: ModelsConfig = ModelsConfig()
+    metric: MetricOptions = PatternOptions()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    inner: InnerConfig = InnerConfig()
+    attribution: AttributionConfig = AttributionConfig()
+    credit: CreditConfig = CreditConfig()
+    policy: PolicyConfig = PolicyConfig()
+    trl: TrlConfig = TrlConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def examples_per_step(self) -> int:
+        """N = P · G, completions an outer step."""
+        return self.prompts.per_step * self.rollout.group_size
+
+    @property
+    def inner_steps(self) -> int:
+        """T = ceil(N / B), optimiser steps an inner run."""
+        return -(-self.examples_per_step // self.inner.batch_size)
+
+    @property
+    def attribution_runs(self) -> int:
+        """Inner runs that an outer step's completions are attributed in."""
+        return self.attribution.inner_runs or (1 if self.attribution.cross_group else self.rollout.group_size)
+
+    @model_validator(mode="after")
+    def _attributable(self) -> Config:
+        """Combinations of attribution, credit and metric that have no meaning."""
+        attribution, runs, group = self.attribution, self.attribution_runs, self.rollout.group_size
+        if attribution.method not in ("metagradient", "sgd") and self.credit.mode != "sequence":
+            raise ValueError(
+                f"credit.mode: {self.credit.mode!r} needs a value for each token, and attribution.method = "
+                f"{attribution.method!r} has one for each example; set credit.mode = 'sequence'"
+            )
+        if attribution.method == "naive" and runs < 2:
+            raise ValueError(
+                "attribution.inner_runs: with method = 'naive' and one inner run every completion gets the same reward; "
+                "set attribution.cross_group = false, or attribution.inner_runs to at least 2"
+            )
+        if attribution.cross_group and runs > self.prompts.per_step:
+            raise ValueError(
+                f"attribution.inner_runs: {runs} are more than the {self.prompts.per_step} groups (prompts.per_step)"
+            )
+        if not attribution.cross_group and (runs % group or runs > self.examples_per_step):
+            raise ValueError(
+                f"attribution.inner_runs: without cross_group it must be a multiple of rollout.group_size ({group}), "
+                f"at most {self.examples_per_step}"
+            )
+        if attribution.method in ("edit-distance", "embedding") and self.metric.name != "text-loss":
+            raise ValueError(
+                f"attribution.method: {attribution.method!r} compares with held-out texts, and the metric "
+                f"{self.metric.name!r} has none; it is for text-loss tasks"
+            )
+        if attribution.method == "language-id" and not (attribution.language or getattr(self.metric, "language", "")):
+            raise ValueError("attribution.language: method = 'language-id' needs a language; give en, es, de, fr or it")
+        if attribution.method == "embedding" and not attribution.embedding_model:
+            raise ValueError("attribution.embedding_model: method = 'embedding' needs a folder or a hub name")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.models.redraw_target and (self.models.target_init != "random" or self.metric.name != "text-loss"):
+            raise ValueError(
+                'models.redraw_target: needs models.target_init = "random" and a text-loss metric; the others compare with '
+                "the weights of one target"
+            )
+        if self.trainer == "trl" and (self.credit.mode != "sequence" or self.models.redraw_target):
+            raise ValueError(
+                "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
+                "models.redraw_target = false, or trainer = 'dpg'"
+            )
+        if self.rollout.min_tokens > self.rollout.max_tokens:
+            raise ValueError(
+                f"rollout.min_tokens: {self.rollout.min_tokens} is more than rollout.max_tokens ({self.rollout.max_tokens})"
+            )
+        if self.credit.mode != "expected" and self.rollout.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size: {self.rollout.group_size} leaves nothing to compare within a group; "
+                f"credit.mode = {self.credit.mode!r} needs at least 2"
+            )
+        return self
+
+
+def validate(data: dict[str, Any]) -> Config:
+    """Build a `Config` from nested plain data.
+
+    Args:
+        data: nested mapping as parsed from TOML.
+
+    Returns:
+        The frozen settings.
+
+    Raises:
+        ConfigError: with one line for every fault found, not only the first.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError([_fault(item) for item in error.errors()]) from None
+
+
+def settle(config: Config, known: Config | None = None) -> Config:
+    """The settings with what they leave to chance drawn: a `fresh` UUID becomes a certain one.
+
+    Args:
+        config: the settings.
+        known: settings of a run that goes on, whose UUID is taken over.
+    """
+    metric = config.metric
+    if not isinstance(metric, TextLossOptions) or metric.uuid != FRESH:
+        return config
+    drawn = known.metric.uuid if known is not None and isinstance(known.metric, TextLossOptions) else str(uuid4())
+    return config.model_copy(update={"metric": metric.model_copy(update={"uuid": drawn})})
+
+
+def _fault(item: Any) -> str:
+    """One line for one pydantic error item."""
+    place = [str(part) for part in item["loc"]]
+    if place[0:1] == ["metric"] and len(place) > 1 and place[1] in METRIC_NAMES:
+        del place[1]  # pydantic names the member of the union; the user's key has no such part
+    key = ".".join(place)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = "unknown setting"
+    elif item["type"].startswith("union_tag"):
+        key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
+    elif item["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]} (got {shown(item['input'])})"
+    return f"{cut(key)}: {message}" if key else message
+
+
+def shown(value: Any) -> str:
+    """A value as it can stand in a message: short, whatever it is."""
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply; an integer with too many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    """At most 60 characters of a text."""
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def depth(data: Any) -> int:
+    """How deeply tables and lists are nested: 0 for a plain value. Not recursive, so that no nesting is too deep for it."""
+    level, layer = 0, [data]
+    while layer := [
+        inner
+        for outer in layer
+        if isinstance(outer, dict | list)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        level += 1
+    return level
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        UsageError: if the file is missing, unreadable, larger than 1 MB or not TOML.
+    """
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise UsageError(
+                f"{path} is larger than 1 MB and cannot be a settings file.", "Name a TOML file of settings."
+            )
+        text = path.read_text(encoding="utf-8")
+        if any(part.count(".") > 1000 and '"' not in part for line in text.splitlines() for part in line.split("=")):
+            raise RecursionError("a key has too many parts")  # tomllib takes minutes for tens of thousands
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, integers with too many digits, nesting
+        raise UsageError(f"{path} is not valid TOML: {str(error)[:200].rstrip('.')}.", "Correct that line.") from None
+    if depth(data) > DEEPEST:
+        raise UsageError(f"{path} is nested too deeply for settings.", "See `dpg presets show` for the keys.")
+    return data
+
+
+def to_toml(config: Config) -> str:
+    """The settings as TOML text that `validate(tomllib.loads(...))` turns into an equal `Config`."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
