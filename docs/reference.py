@@ -1,10 +1,12 @@
-"""Write docs/cli.md and docs/settings.md from the code: commands and options as Typer has them, settings as the schema has them.
+"""Write docs/cli.md, docs/settings.md and the rooms of docs/architecture.md from the code: commands as Typer has them, settings as
+the schema has them, rooms as their docstrings and imports say.
 
 python docs/reference.py            a test fails where the pages and the code differ
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -127,11 +129,20 @@ def settings_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-PAGES = {"cli.md": cli_page, "settings.md": settings_page}
+def architecture_page() -> str:
+    """docs/architecture.md."""
+    spec = importlib.util.spec_from_file_location("house", DOCS / "house.py")
+    assert spec is not None and spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    return house.page()
+
+
+PAGES = {"cli.md": cli_page, "settings.md": settings_page, "architecture.md": architecture_page}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     for name, make in PAGES.items():
         (DOCS / name).write_text(make(), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The direction of imports, the weight of `dpg --help`, and the size of modules."""
+"""The house: the direction of imports, no circles, the size of rooms and modules, the weight of `dpg --help`."""
 
 from __future__ import annotations
 
@@ -8,54 +8,82 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent / "dpg_cli"
+from imports import circles, graph, imported, modules, rooms
+
+ROOT = Path(__file__).parents[1] / "dpg_cli"
+LOOSE = {
+    "__init__",
+    "__main__",
+    "errors",
+    "config",  # the settings' public path, which the documentation shows
+    "escape",  # text made harmless: every room that shows something takes it
+}
+
+# (whose imports, what they must not be): a prefix of the file's path, and prefixes of modules
+FORBIDDEN = [
+    ("", ("click",)),  # Typer carries its own
+    ("engine/", ("dpg_cli.runs", "dpg_cli.driver", "dpg_cli.settings", "dpg_cli.evidence", "dpg_cli.planning")),
+    ("engine/", ("dpg_cli.integrations", "accelerate")),
+    ("engine/inner/", ("dpg_cli.engine.reverse", "dpg_cli.engine.generator", "dpg_cli.engine.loop")),
+    ("engine/reverse/", ("dpg_cli.engine.generator", "dpg_cli.engine.loop")),
+    ("engine/generator/", ("dpg_cli.engine.reverse", "dpg_cli.engine.loop")),
+    ("evidence/verify.py", ("dpg_cli.engine",)),
+    ("runs/", ("dpg_cli.driver", "dpg_cli.artefacts", "dpg_cli.inspection", "dpg_cli.export")),
+    ("driver/", ("dpg_cli.inspection", "dpg_cli.export")),
+    ("integrations/", ("dpg_cli.driver", "dpg_cli.runs", "dpg_cli.inspection", "dpg_cli.export")),
+    ("settings/", ("torch", "transformers", "dpg_cli.models", "dpg_cli.engine")),
+]
 
 
-def imports() -> list[tuple[str, str]]:
-    """(file, imported module) over the whole package."""
-    found = []
-    for path in ROOT.rglob("*.py"):
-        name = path.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                found += [(name, alias.name) for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found.append((name, node.module))
-    return found
+def below(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
 
 
 def test_direction_of_imports() -> None:
-    found = imports()
-    assert len(found) > 100
-    faults = []
-    for name, module in found:
-        if not name.startswith(("cli/", "__main__")) and (
-            module.split(".")[0] in ("typer", "rich") or module.startswith("dpg_cli.cli")
-        ):
-            faults.append((name, module))
-        if name.startswith("engine/") and module.startswith(
-            ("dpg_cli.runs", "dpg_cli.evidence", "dpg_cli.settings.config")
-        ):
-            faults.append((name, module))
-        if name == "evidence/verify.py" and module.startswith("dpg_cli.engine"):
-            faults.append((name, module))
-        if name.startswith(("runs/", "driver/")) and module.startswith(("dpg_cli.inspection", "dpg_cli.export")):
-            faults.append((name, module))
-        if name.startswith("integrations/") and module.startswith(("dpg_cli.inspection", "dpg_cli.export")):
-            faults.append((name, module))
-        if module.split(".")[0] == "trl" and name != "driver/trl_trainer.py":
-            faults.append((name, module))
-        if name.startswith("engine/") and module.startswith(
-            ("dpg_cli.integrations", "dpg_cli.driver.launch", "accelerate")
-        ):
-            faults.append((name, module))
-        if module == "click" or module.startswith("click."):
-            faults.append((name, module))
+    faults, count = [], 0
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for module, _ in imported(path):
+            count += 1
+            if not name.startswith(("cli/", "__main__")) and below(module, ("typer", "rich", "dpg_cli.cli")):
+                faults.append((name, module))
+            if below(module, ("trl",)) and name != "driver/trl_trainer.py":
+                faults.append((name, module))
+            faults += [(name, module) for start, wrong in FORBIDDEN if name.startswith(start) and below(module, wrong)]
+    assert count > 500
     assert faults == []
 
 
+def test_no_circle_of_modules_anywhere() -> None:
+    edges = graph()
+    assert sum(map(len, edges.values())) > 400
+    assert circles(edges) == []
+
+
+def test_no_circle_of_rooms() -> None:
+    assert circles(rooms(graph())) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_rooms_are_small_and_say_what_belongs_in_them() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == LOOSE
+    folders = {path.parent for path in ROOT.rglob("*.py")} - {ROOT}
+    assert len(folders) >= 20
+    crowded = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: count for name, count in crowded.items() if count > 12 + 1} == {}  # a dozen, and `__init__`
+    silent = []
+    for folder in folders:
+        about = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        if len(about) < 60 or "Not here:" not in about:
+            silent.append(folder.name)
+    assert silent == []
+
+
 def test_modules_stay_small() -> None:
-    sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")}
+    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: size for name, size in sizes.items() if size > 500} == {}
 
 

@@ -35,11 +35,25 @@ def test_references_are_as_the_code_has_them() -> None:
 
 def test_functions_that_the_method_page_names_exist() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:engine|metrics)/\w+\.py)`, `(\w+)`", text)
+    named = re.findall(r"`((?:engine|metrics)/[\w/]+\.py)`, `(\w+)`", text)
     assert len(named) >= 15
     for path, name in named:
         source = (ROOT / "dpg_cli" / path).read_text(encoding="utf-8")
         assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), (path, name)
+
+
+def test_what_the_architecture_page_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:dpg_cli|tests|docs)/[\w/]+\.py)`", text)
+    assert len(paths) >= 25
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    named = re.findall(r"`(dpg_cli/[\w/]+\.py)`, `(\w+)`", text)
+    assert len(named) >= 12
+    for path, name in named:
+        assert re.search(rf"^ *(def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (
+            path,
+            name,
+        )
 
 
 def test_the_attribution_example_runs_and_its_prediction_holds(capsys: pytest.CaptureFixture[str]) -> None:

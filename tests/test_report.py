@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dpg_cli.cli import main
 from dpg_cli.evidence.effect import EffectVerdict, Reading
-from dpg_cli.evidence.record import read_verdict, save_verdict
 from dpg_cli.evidence.verify import PatternReading, PatternVerdict
 from dpg_cli.report import write_report
 from dpg_cli.report.charts import MOST_POINTS, Chart, Line, thinned, tick_labels, ticks
@@ -29,6 +28,7 @@ from dpg_cli.report.gather import gather
 from dpg_cli.report.page import embedded, stock_comparison
 from dpg_cli.report.samples import choose, extreme, pieces, shade, take
 from dpg_cli.report.text import visible
+from dpg_cli.runs.verdict import read_verdict, save_verdict
 
 STYLE = Path(write_report.__code__.co_filename).with_name("style.css").read_text(encoding="utf-8")
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=hack()>\"' onclick=x {{7*7}} <!-- ]]> &amp; \x1b[31m\u202e"

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. The only room that imports typer or rich; nothing imports it."""
+"""The command line: parse, call, print. The only room that imports typer or rich; nothing imports it.
+
+Not here: anything that a library user would want; each command is a module of `commands`.
+"""
 
 from __future__ import annotations
 

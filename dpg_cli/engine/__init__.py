@@ -1,4 +1,7 @@
-"""The DPG engine as a library: exact metagradients, credit, policy steps. Imports neither `cli` nor `runs`."""
+"""The DPG engine as a library: exact metagradients, credit, policy steps; `loop.py` has the algorithm on one screen.
+
+Not here: files, settings, messages. Imports none of the rooms that hold them, and of `metrics` the protocol alone.
+"""
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.metagrad import metagradient

@@ -1,4 +1,7 @@
-"""The report of a run: one self-contained page. Run folder -> facts (`gather`) -> page (`page`)."""
+"""The report of a run: one self-contained page. Run folder -> facts (`gather`) -> page (`page`).
+
+Not here: verdicts (`evidence`), and what a terminal shows (`cli/display.py`).
+"""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.record import SavedVerdict, read_json, read_verdict
 from dpg_cli.report.samples import Sample, read_sample
 from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.verdict import SavedVerdict, read_json, read_verdict
 from dpg_cli.settings.config import load_toml
 
 LARGEST_PICTURE = 8_000_000  # bytes; it becomes a third larger in the page

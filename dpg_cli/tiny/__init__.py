@@ -1,6 +1,8 @@
 """The embedded default: a small closed world of sentences, and a tiny language model pretrained on it.
 
 `world` makes and recognises the sentences, `pretrain` is the script that made everything in `MODEL_DIR`.
+
+Not here: what uses them. Imports nothing of ours but `errors`.
 """
 
 from pathlib import Path

@@ -52,8 +52,8 @@ def verify(
 
 def _save(folder: RunFolder, verdict: Verdict) -> None:
     """Keep the verdict beside the run and write the page anew; a folder that cannot be written costs neither."""
-    from dpg_cli.evidence.record import save_verdict
     from dpg_cli.report import write_report
+    from dpg_cli.runs.verdict import save_verdict
 
     try:
         save_verdict(folder, verdict)

@@ -8,15 +8,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.folder import RunFolder, write_json
 
-if TYPE_CHECKING:
-    from dpg_cli.evidence.verify import Verdict
-
 LARGEST_JSON = 20_000_000  # bytes; a larger JSON file in a run folder is none of ours
+
+
+class Verdict(Protocol):
+    """What `evidence/verify.py` comes to, as far as it is kept."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the data shows the effect and the control does not."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why not."""
+        ...
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that was measured."""
+        ...
 
 
 @dataclass(frozen=True)
