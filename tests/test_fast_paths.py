@@ -26,11 +26,9 @@ from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.tape import Memory, SqrtTape, Step
 from dpg_cli.engine.inner.target import TargetRun, fused_activations, loss_gradient
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.reverse import forms
 from dpg_cli.engine.reverse.dual_pass import dual_pass
-from dpg_cli.engine.reverse.forms import ACTIVATIONS, Activation
 from dpg_cli.errors import UsageError
-from dpg_cli.models.loading import allocator
+from dpg_cli.models import allocator
 
 ADAMW = OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, eps_root=1e-5, weight_decay=0.1)
 SGD = OptimizerSpec("sgd", lr=0.1, momentum=0.5, weight_decay=0.01)
@@ -233,29 +231,6 @@ def test_unusual_heads_take_the_plain_path() -> None:
         a, b, c, d = values
         slopes.append((a - 8 * b + 8 * c - d) / (12 * h))
     assert relative(result.example_N[[0, 6]], torch.tensor(slopes, dtype=torch.float64)) < 1e-6
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_have_right_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "BLOCK", 10_000)
-    plain = {
-        "gelu": nn.functional.gelu,
-        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-        "silu": nn.functional.silu,
-    }[name]
-    x = torch.linspace(-6, 6, 70_001, dtype=torch.float64, requires_grad=True)  # more than one block
-    rng = torch.Generator().manual_seed(0)
-    tangent, bar, bar_t = (torch.randn(x.shape, dtype=torch.float64, generator=rng) for _ in range(3))
-    tangent.requires_grad_()
-    value, value_t = Activation.apply(x, tangent, name)
-    got = torch.autograd.grad((value, value_t), (x, tangent), (bar, bar_t))
-    ones = torch.ones_like(x)
-    (slope,) = torch.autograd.grad(plain(x), x, ones, create_graph=True)
-    assert relative(value.detach(), plain(x).detach()) < 1e-14
-    assert relative(value_t.detach(), (slope * tangent).detach()) < 1e-12
-    expected = torch.autograd.grad((plain(x), slope * tangent), (x, tangent), (bar, bar_t))
-    for mine, theirs in zip(got, expected, strict=True):
-        assert relative(mine, theirs) < 1e-12
 
 
 def test_fused_activations_equal_the_spelled_ones_and_go_again() -> None:

@@ -10,7 +10,8 @@ import torch
 from builders import HeldOutLoss, make_examples, make_target
 from torch import Tensor, nn
 
-from dpg_cli.engine import OptimizerSpec, metagradient, product, target
+from dpg_cli.engine import OptimizerSpec, metagradient
+from dpg_cli.engine.inner import product, target
 from dpg_cli.engine.inner.product import PlainLinear, plus_times, times
 from dpg_cli.errors import DegenerateError
 

@@ -1,6 +1,6 @@
 """The second-order pass of the target over a batch, by micro-batches: token credits and the Hessian-vector product.
 
-It takes the closed forms of `forms.py`, put in place by `dual.py`, and where the LM head is a standard one those of
+It takes the closed forms of `forms/`, put in place by `dual.py`, and where the LM head is a standard one those of
 `head.py`; else it goes through the model's logits.
 """
 
