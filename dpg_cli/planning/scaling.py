@@ -27,7 +27,7 @@ UPDATE_VECTORS, ADJOINT_VECTORS, ADAMW_VECTORS = (
     7,
     13,
     7,
-)  # read or written, of n numbers: `engine/inner/optimizers.py`, torch's AdamW
+)  # read or written, of n numbers: `engine/inner/optimizers/`, torch's AdamW
 
 
 @dataclass(frozen=True)

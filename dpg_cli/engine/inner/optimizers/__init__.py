@@ -1,0 +1,43 @@
+"""The inner optimisers, one file each: settings checked, one step, its adjoint, its elasticity. A new one is registered below.
+
+Not here: what calls them (`../run.py`, `engine/reverse/walk.py`), and what is laid over any of them: schedules, clipping.
+"""
+
+from dpg_cli.engine.inner.optimizers.adamw import AdamW
+from dpg_cli.engine.inner.optimizers.base import (
+    Optimizer,
+    OptimizerSpec,
+    Rate,
+    Rates,
+    State,
+    adjoint,
+    blocks,
+    elasticity,
+    initial_state,
+    no_vector,
+    register,
+    registered,
+    uniform,
+    update,
+)
+from dpg_cli.engine.inner.optimizers.sgd import SGD
+
+register("adamw", AdamW())
+register("sgd", SGD())
+
+__all__ = [
+    "Optimizer",
+    "OptimizerSpec",
+    "Rate",
+    "Rates",
+    "State",
+    "adjoint",
+    "blocks",
+    "elasticity",
+    "initial_state",
+    "no_vector",
+    "register",
+    "registered",
+    "uniform",
+    "update",
+]
