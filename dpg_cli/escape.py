@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 
 def printable(text: object, limit: int = 2000) -> str:
@@ -26,3 +28,8 @@ def code_span(text: object, limit: int = 300) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     pad = " " if not shown or shown[0] in "` " or shown[-1] in "` " else ""
     return f"{fence}{pad}{shown}{pad}{fence}".replace("|", "\\|")
+
+
+def pasted(path: Path | str) -> str:
+    """A path as a shell takes it back: quoted where it holds blanks or other signs."""
+    return shlex.quote(str(path))

@@ -79,8 +79,13 @@ def _model(role: str, name: str | None) -> dict[str, str]:
     """Settings of a model that a flag names: its own weights, whatever the preset begins with."""
     if name is None:
         return {}
+    return {role: model_place(name), f"{role}_init": "pretrained"}
+
+
+def model_place(name: str) -> str:
+    """A model's name as settings keep it: a folder by its full path, whatever folder a command is given in."""
     path = Path(name).expanduser()
-    return {role: str(path.resolve()) if name != "tiny" and path.exists() else name, f"{role}_init": "pretrained"}
+    return str(path.resolve()) if name != "tiny" and path.exists() else name
 
 
 def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:

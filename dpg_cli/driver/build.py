@@ -196,6 +196,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             end_ids=generator.end_ids,
             prompts=form,
             portable=rollout.portable,
+            silent_ids=generator.silent_ids,
         ),
         optimizer=OptimizerSpec(
             name=inner.optimizer,
@@ -220,6 +221,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             minibatch=policy.minibatch,
             micro_batch=policy.micro_batch,
             max_grad_norm=policy.max_grad_norm,
+            silent_ids=generator.silent_ids,
         ),
         lr=policy.lr,
         lr_warmup=policy.warmup,

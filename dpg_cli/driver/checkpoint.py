@@ -149,13 +149,16 @@ def found(folder: RunFolder) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
-def newest(folder: RunFolder, config: Config, built: Built) -> tuple[Checkpoint | None, list[str]]:
+def newest(
+    folder: RunFolder, config: Config, built: Built, by_name: bool = True
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be used.
 
     Args:
         folder: the run.
         config: its settings.
         built: the run as its settings make it, before any training.
+        by_name: whether its models must have the names that they had; else their fingerprints were compared.
 
     Returns:
         The checkpoint, or None where the run has none yet; and why newer ones are passed over.
@@ -166,7 +169,7 @@ def newest(folder: RunFolder, config: Config, built: Built) -> tuple[Checkpoint 
     faults: list[str] = []
     for step, path in found(folder):
         try:
-            return read(folder, path, step, config, built), faults
+            return read(folder, path, step, config, built, by_name), faults
         except DamagedError as error:
             faults.append(f"{path.name} is damaged ({error.cause})")
     if faults:
@@ -177,8 +180,13 @@ def newest(folder: RunFolder, config: Config, built: Built) -> tuple[Checkpoint 
     return None, []
 
 
-def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built) -> Checkpoint:
+def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built, by_name: bool = True) -> Checkpoint:
     """Read one checkpoint.
+
+    Args:
+        folder, config, built, by_name: see `newest`.
+        path: of the checkpoint.
+        step: that its name says.
 
     Raises:
         DamagedError: if anything in it is not as `write` leaves it.
@@ -197,7 +205,7 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built)
         settings = validate(header.settings)
     except ConfigError as error:
         raise DamagedError(f"its settings are invalid: {error.faults[0]}") from None
-    if changes := differences(settings, config):
+    if changes := differences(settings, config, by_name):
         raise UsageError(
             f"{folder.path} was begun with other settings: {'; '.join(changes)}.",
             "Put them back in its config.toml, or start a new run.",
@@ -217,8 +225,9 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built)
     return Checkpoint(path, header, state)
 
 
-def differences(before: Config, now: Config) -> list[str]:
-    """What differs between two settings, as `key is A there and B here`; when checkpoints are written does not count."""
+def differences(before: Config, now: Config, by_name: bool = True) -> list[str]:
+    """What differs between two settings, as `key is A there and B here`; when checkpoints are written does not count, nor,
+    where not `by_name`, where the models lie."""
 
     def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         items: dict[str, Any] = {}
@@ -230,6 +239,8 @@ def differences(before: Config, now: Config) -> list[str]:
     if first.get("metric.image") and second.get("metric.image"):
         # a run's own copy of the picture stands for it, wherever it lies: `require_same` compares what they show
         first["metric.image"] = second["metric.image"]
+    if not by_name:
+        first |= {key: second[key] for key in ("models.generator", "models.target")}
     return [
         f"{key} is {shown(first.get(key))} there and {shown(second.get(key))} here"
         for key in first | second
@@ -237,13 +248,18 @@ def differences(before: Config, now: Config) -> list[str]:
     ]
 
 
-def require_same(folder: RunFolder, config: Config) -> None:
+def require_same(folder: RunFolder, config: Config, by_name: bool = True) -> None:
     """Refuse to go on in a folder that was begun with other settings.
+
+    Args:
+        folder: the run.
+        config: the settings now.
+        by_name: see `newest`.
 
     Raises:
         UsageError: naming what differs.
     """
-    changes = differences(folder.read_config(), config)
+    changes = differences(folder.read_config(), config, by_name)
     if isinstance(config.metric, PatternOptions) and config.metric.image:
         begun, now = (
             pattern_from_image(Path(path), max_rows=LARGEST, max_cols=LARGEST)

@@ -15,14 +15,17 @@ from torch import nn
 from dpg_cli.artefacts.dataset import Synthetic, draw, measure, write_card, write_parquet
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.checkpoint import Schedule, forget_after, newest, place, require_same, write
+from dpg_cli.driver.fingerprints import compare, fingerprints
 from dpg_cli.driver.fluency import fluency
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.state import follow_first, restore
 from dpg_cli.errors import InterruptedRunError, UsageError
+from dpg_cli.escape import pasted
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
+from dpg_cli.models.folder import ModelError
 from dpg_cli.models.loading import LanguageModel, load_generator, quiet_transformers
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
@@ -31,6 +34,8 @@ from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.sessions import Journal, Outcome, read_info
 from dpg_cli.runs.tracking import Trackers
 from dpg_cli.settings.config import Config
+
+MOVED = "If a model has moved: dpg resume {} --target FOLDER (or --generator FOLDER)."
 
 
 @dataclass
@@ -98,7 +103,12 @@ def execute(
     stop, trackers = stop or StopRequest(), trackers or Trackers([])
     on_stage("loading models")
     torch.manual_seed(config.seed)
-    built = build(config, named_metric, ranks)
+    try:
+        built = build(config, named_metric, ranks)
+    except ModelError as error:
+        if resume and read_info(folder)[0].fingerprints:
+            raise UsageError(error.cause, f"{error.remedy} {MOVED.format(pasted(folder.path))}") from error
+        raise
     on_built(built)
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
@@ -146,6 +156,7 @@ def begun(
         write_png(folder.pattern, pattern_image(built.players.metric.pattern))
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
+    journal.data["fingerprints"] = fingerprints(built)
     describe(folder, built, journal)
     return journal
 
@@ -169,18 +180,23 @@ def continued(
     """Put an unfinished run into the state of its newest good checkpoint.
 
     Raises:
-        UsageError: if the folder was begun with other settings, or no checkpoint can be used.
+        UsageError: if the folder was begun with other settings or models, or no checkpoint can be used.
     """
     folder.tidy()
-    require_same(folder, config)
+    known = compare(folder, built)
+    require_same(folder, config, by_name=not known)
+    found = read_info(folder)[0].fingerprints or fingerprints(built)
     if config.trainer == "trl":
         from dpg_cli.driver.trl_trainer import newest_step
 
         step, _ = newest_step(folder.trl, config)
         on_stage(f"going on after outer step {step} of {config.steps}" if step else "no checkpoint yet: beginning anew")
         dropped = folder.rewind_metrics(folder.metrics_size(step))
-        return Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
-    checkpoint, faults = newest(folder, config, built)
+        journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+        journal.data["fingerprints"] = found
+        journal.write()
+        return journal
+    checkpoint, faults = newest(folder, config, built, by_name=not known)
     for fault in faults:
         on_stage(f"{fault}; the one before it is taken")
     step = 0
@@ -195,6 +211,7 @@ def continued(
     dropped = folder.rewind_metrics(checkpoint.header.metrics_bytes if checkpoint else 0)
     forget_after(folder, step)
     journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)
+    journal.data["fingerprints"] = found
     describe(folder, built, journal)
     return journal
 

@@ -57,8 +57,8 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device) -> Any:
-    """The settings as TRL's `GRPOConfig`."""
+def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device, silent_ids: Sequence[int] = ()) -> Any:
+    """The settings as TRL's `GRPOConfig`; `silent_ids` are never drawn, but by vLLM, which TRL gives no such list."""
     from trl import GRPOConfig
 
     rollout, policy = config.rollout, config.policy
@@ -69,7 +69,10 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device) 
     vllm: dict[str, Any] = {}
     if config.trl.vllm != "off":
         vllm = {"use_vllm": True, "vllm_mode": config.trl.vllm}
-    generation = {"min_new_tokens": rollout.min_tokens} if rollout.min_tokens > 1 and not vllm else None
+    generation: dict[str, Any] = {}
+    if not vllm:
+        generation |= {"min_new_tokens": rollout.min_tokens} if rollout.min_tokens > 1 else {}
+        generation |= {"suppress_tokens": list(silent_ids)} if silent_ids else {}
     return GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=own // pieces,
@@ -81,7 +84,7 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device) 
         max_completion_length=rollout.max_tokens,
         temperature=rollout.temperature,
         top_k=0,
-        generation_kwargs=generation,
+        generation_kwargs=generation or None,
         chat_template_kwargs={"date_string": DATE},
         beta=policy.kl,
         epsilon=policy.clip,
@@ -258,7 +261,7 @@ def train(
         trainer = GRPOTrainer(
             model=players.generator.model,
             reward_funcs=follower.reward(),
-            args=arguments(config, folder, players.ranks, built.device),
+            args=arguments(config, folder, players.ranks, built.device, spec.sampling.silent_ids),
             train_dataset=prompt_rows(config, built.prompts, form),
             processing_class=players.generator.tokenizer,
             optimizers=(optimizer, schedule),

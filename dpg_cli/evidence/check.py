@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from dpg_cli.driver.build import Built, build
+from dpg_cli.driver.trial import try_out
 from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
 from dpg_cli.engine.generator.align import read_completions
@@ -51,6 +52,8 @@ def check(
     on_stage("loading models")
     torch.manual_seed(config.seed)
     built = make(config)
+    on_stage("trying them out")
+    try_out(built)
     players = built.players
     group = config.rollout.group_size
     prompts = built.prompts.at(0)[: max(1, completions // group)]

@@ -169,6 +169,7 @@ def greedy_after(data: Path, config: Config, device: torch.device) -> str:
             max_new_tokens=config.rollout.max_tokens,
             pad_token_id=target.pad_id,
             eos_token_id=target.eos_id,
+            suppress_tokens=list(target.silent_ids) or None,
         )
     return str(target.tokenizer.decode(output[0, 1:], skip_special_tokens=True))
 
@@ -195,6 +196,7 @@ def completions(generator: LanguageModel, prompts: list[str], config: Config) ->
             max_new_tokens=config.rollout.max_tokens,
             pad_token_id=generator.pad_id,
             eos_token_id=list(generator.end_ids),
+            suppress_tokens=list(generator.silent_ids) or None,
         )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 

@@ -15,15 +15,18 @@ import torch
 from safetensors import safe_open
 
 from dpg_cli.errors import UsageError
+from dpg_cli.escape import pasted
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
 from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.metrics.registry import build_metric
+from dpg_cli.models.fingerprint import require_unchanged
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device
 from dpg_cli.patterns.pattern import Pattern, decode_qr, pattern_from_image, pixel_accuracy
 from dpg_cli.runs.folder import RunFolder
-from dpg_cli.settings.config import Config, CustomOptions, NormOptions, PatternOptions
+from dpg_cli.runs.sessions import read_info
+from dpg_cli.settings.config import Config, CustomOptions, NormOptions, PatternOptions, TextLossOptions
 
 BITMAP_ACCURACY = 0.995  # pixel accuracy at which a bitmap without payload counts as shown
 
@@ -128,12 +131,16 @@ def verify_run(folder: RunFolder, device_name: str = "auto", named_metric: str |
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
 
     Raises:
-        UsageError: if the run is unfinished, has no control, or took optimiser settings that stock PyTorch lacks.
+        UsageError: if the run is unfinished, has no control, took optimiser settings that stock PyTorch lacks, or its models
+            are others than those it was begun with.
     """
     config = folder.read_config()
+    recorded, device = read_info(folder)[0].fingerprints, pick_device(device_name)
     for name in ("train.parquet", "control.parquet"):
         if not (folder.dataset / name).is_file():
             raise UsageError(f"{folder.path} has no dataset/{name}.", "Finish the run, with dataset.control = true.")
+    roles = ["target", "generator"] if isinstance(config.metric, TextLossOptions) else ["target"]
+    require_unchanged(config.models, roles, recorded, pasted(folder.path), device)
     if isinstance(config.metric, PatternOptions):
         return _verify_pattern(folder, config, config.metric, device_name)
     if isinstance(config.metric, CustomOptions):

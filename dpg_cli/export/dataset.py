@@ -19,7 +19,7 @@ import pyarrow as pa
 from dpg_cli.artefacts.card import Results, Rows, columns_text, dataset_card, effect_of
 from dpg_cli.artefacts.rows import PROVENANCE, SCHEMA, SOURCES, Source, batches, outline, plain_columns
 from dpg_cli.errors import UsageError
-from dpg_cli.escape import code_span
+from dpg_cli.escape import code_span, pasted
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.export.selection import Selection, check_options, select, split_rows
 from dpg_cli.export.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
@@ -175,7 +175,9 @@ def new_examples(
     from dpg_cli.data.chat import prompt_format
     from dpg_cli.data.prompts import PromptSampler, load_prompts
     from dpg_cli.driver.build import loop_spec
+    from dpg_cli.models.fingerprint import require_unchanged
     from dpg_cli.models.loading import load, load_generator, pick_device
+    from dpg_cli.runs.sessions import read_info
 
     device, asked = pick_device(request.device), config.prompts
     for path in (folder.generator, folder.target):
@@ -183,6 +185,7 @@ def new_examples(
     if source == "train":
         generator = load(str(folder.generator), device=device, dtype=config.models.dtype)
     else:
+        require_unchanged(config.models, ["generator"], read_info(folder)[0].fingerprints, pasted(folder.path), device)
         generator = load_generator(config.models, device)
     target = load(str(folder.target), device=device, dtype=config.models.dtype)
     form = prompt_format(generator.tokenizer, config.models.generator, asked.chat, asked.instruction, asked.max_tokens)

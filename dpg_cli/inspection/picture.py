@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dpg_cli.errors import UsageError
-from dpg_cli.escape import printable
+from dpg_cli.escape import pasted, printable
 from dpg_cli.inspection.look import kind_of, run_of
 from dpg_cli.inspection.patch import before_and_after
 from dpg_cli.inspection.tensors import TensorFile, read_header
@@ -158,9 +158,13 @@ def _base(run: RunFolder, after: Matrix, is_head: bool) -> Matrix:
             return Matrix(file, "before")
     import torch
 
+    from dpg_cli.models.fingerprint import require_same
     from dpg_cli.models.loading import load_target
+    from dpg_cli.runs.sessions import read_info
 
     base = load_target(run.read_config().models, torch.device("cpu"))
+    if (recorded := read_info(run)[0].fingerprints.get("target")) is not None:
+        require_same("target", base, recorded, pasted(run.path))
     name = after.name
     if is_head:
         values = base.head

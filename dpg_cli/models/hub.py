@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from dpg_cli.errors import UsageError
+
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model: all but its weights
+NESTED = ("*/*",)  # what lies deeper is of other formats
+
+
+def snapshot(name: str) -> Path:
+    """The folder of a hub model: its small files, then the safetensors weights that transformers would read, all of one
+    revision. Nothing is asked of the network where it is kept off; what was fetched before is taken.
+
+    Raises:
+        Exception: of the hub library; see `unreachable`.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=list(SMALL), ignore_patterns=list(NESTED)))
+    weights = ["model.safetensors", "adapter_model.safetensors"]
+    with contextlib.suppress(
+        OSError, ValueError, LookupError, TypeError, AttributeError
+    ):  # a damaged index is refused where it is read
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        weights = sorted({str(file) for file in index["weight_map"].values()})
+    snapshot_download(name, revision=folder.name, allow_patterns=[*weights], ignore_patterns=list(NESTED))
+    return folder
 
 
 def require(library: str, extra: str, purpose: str) -> Any:

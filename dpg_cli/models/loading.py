@@ -1,6 +1,7 @@
 """Load generators, targets and tokenisers: the embedded model, a local folder, or a hub name.
 
-Nothing is unpickled and no remote code runs: weights come from safetensors, classes from transformers.
+Nothing is unpickled and no remote code runs: weights come from safetensors, classes from transformers. What is loaded is
+whole: `folder.py` looks at the files, `strict.py` at transformers' loading report, `sound.py` at what the model does.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.errors import UsageError
+from dpg_cli.models.adapters import merge
+from dpg_cli.models.folder import TOKENIZERS, ModelError, ModelFolder, examine, find
 from dpg_cli.models.hub import first_line, offline_note, unreachable
+from dpg_cli.models.sound import known_ids, require_causal, require_vocabulary
+from dpg_cli.models.strict import blank, cannot_load, load_strictly
 from dpg_cli.models.template import end_tokens
 from dpg_cli.settings.config import ModelsConfig
 from dpg_cli.tiny import MODEL_DIR
@@ -66,6 +71,13 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         found = (getattr(config, name, None) for name in CONTEXT_NAMES)
         return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+    @cached_property
+    def silent_ids(self) -> tuple[int, ...]:
+        """Ids below V without a token in the tokeniser: rows that only pad the vocabulary. They have no text, so they are
+        never sampled; every other id is one that the tokeniser knows."""
+        known = known_ids(self.tokenizer)
+        return tuple(number for number in range(self.head.shape[0]) if number not in known)
 
     @property
     def parameter_count(self) -> int:
@@ -125,62 +137,90 @@ def load(
     """Load a causal LM and its tokeniser.
 
     Args:
-        name: `tiny`, a folder in the format of `save_pretrained`, or a hub name.
+        name: `tiny`, a folder in the format of `save_pretrained`, or a hub name. An adapter (PEFT) is merged.
         device: where it lives.
-        dtype: "float32" or "float64".
+        dtype: "float32" or "float64": what the weights are converted to, whatever their own type.
         init: "pretrained", or "random" for the same architecture with fresh weights.
         seed: of the fresh weights.
 
     Raises:
-        UsageError: if there is no such model, or it has no tokeniser, no safetensors weights, or no end-of-sequence token.
+        ModelError: if there is no such model, if its weights are not whole, in safetensors and in floating point, if it has
+            no tokeniser or another model's, or if it is no causal LM.
+        UsageError: if it has an adapter, and peft is not installed.
     """
-    place = location(name)
-    if name != "tiny" and (name.startswith((".", "/", "~")) or Path(name).exists()):
-        place = str(Path(name).expanduser())
-        if not (Path(place) / "config.json").is_file():
-            raise UsageError(
-                f"{name} is no model folder: it has no config.json.", "Name a folder that save_pretrained wrote."
-            )
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            if init == "random":
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
-            else:
-                model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _refusal(name, error) from None
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise UsageError(
-            f"The tokeniser of {name!r} has no end-of-sequence token.", "Set eos_token in its tokenizer_config.json."
-        )
+    with quiet_transformers():
+        folder = _folder(name, weights=init != "random")
+        tokenizer = _tokenizer(folder)
+        if init == "random":
+            model = blank(folder, getattr(torch, dtype), seed)
+        else:
+            model = load_strictly(folder, getattr(torch, dtype))
+            model = model if folder.adapter is None else merge(model, folder)
+    require_vocabulary(name, model, known_ids(tokenizer))
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
-    pad = tokenizer.pad_token_id
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = end_tokens(
         tokenizer, getattr(model, "generation_config", None), model.get_output_embeddings().weight.shape[0]
     )
-    return LanguageModel(model, tokenizer, name, eos, eos if pad is None else pad, ends)
+    loaded = LanguageModel(model, tokenizer, name, eos, eos if pad is None else pad, ends)
+    require_causal(name, model, loaded.context)
+    return loaded
 
 
-def _refusal(name: str, error: Exception) -> UsageError:
-    """What a model that cannot be loaded is refused with."""
-    if unreachable(error) and not Path(name).expanduser().exists():
-        return UsageError(
+def _folder(name: str, weights: bool) -> ModelFolder:
+    """The folder of a model, looked at.
+
+    Raises:
+        ModelError: if there is none, or it cannot be loaded.
+    """
+    place = location(name)
+    try:
+        path = find(name, None if place == name else place)
+    except ModelError:
+        raise
+    except Exception as error:  # of the hub library
+        raise _refusal(name, error) from error
+    return examine(name, path, weights=weights)
+
+
+def _tokenizer(folder: ModelFolder) -> Any:
+    """The tokeniser of a model.
+
+    Raises:
+        ModelError: if there is none, or it does not say how a text ends.
+    """
+    if not any((folder.tokenizer / file).is_file() for file in TOKENIZERS) and not list(
+        folder.tokenizer.glob("*vocab*")
+    ):
+        raise ModelError(
+            f"{folder.name} has no tokeniser: there is no tokenizer.json.",
+            "Save it into the folder too: tokenizer.save_pretrained(FOLDER).",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises on a file of the user's
+        raise cannot_load(folder.name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokeniser of {folder.name!r} has no end-of-sequence token.",
+            "Set eos_token in its tokenizer_config.json.",
+        )
+    return tokenizer
+
+
+def _refusal(name: str, error: Exception) -> ModelError:
+    """What a model is refused with that cannot be fetched from the hub."""
+    if unreachable(error):
+        return ModelError(
             f"The model {name!r} cannot be loaded: it is not on this machine, and the hub cannot be reached{offline_note()}.",
             "Name `tiny`, a folder that save_pretrained wrote, or run where the hub can be reached.",
         )
-    if type(error.__cause__ or error).__name__ == "GatedRepoError":
-        return UsageError(
+    if "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
+        return ModelError(
             f"The model {name!r} cannot be loaded: its owner asks for consent first.",
             f"Accept the terms at https://huggingface.co/{name}, then `hf auth login`.",
         )
-    return UsageError(
-        f"The model {name!r} cannot be loaded: {first_line(error)}.",
-        "Name `tiny`, a folder that save_pretrained wrote, or a hub model that this machine can reach.",
-    )
+    return cannot_load(name, error)
 
 
 def untie_head(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpg_cli.driver.build import Built, build
+from dpg_cli.driver.trial import try_out
 from dpg_cli.engine.inner.product import times
 from dpg_cli.errors import one_line
 from dpg_cli.metrics.pattern import PatternMetric
@@ -75,7 +76,7 @@ class Cost:
 
 
 def estimate(config: Config, named_metric: str | None = None, processes: int = 1) -> Cost:
-    """Load the models, check every setting against them, and predict the cost.
+    """Load the models, check every setting against them, try out the smallest piece of the run, and predict the cost.
 
     Args:
         config: the settings.
@@ -95,6 +96,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
     check_memory(
         need, built.device, states_flag="--set inner.states=", rows_flag="--set inner.micro_batch=", other=other
     )
+    try_out(built)
     metric = built.players.metric
     effect, drawing = metric.describe(), None
     if isinstance(metric, PatternMetric):

@@ -57,6 +57,7 @@ class Info(BaseModel):
     measures: dict[str, float] = {}
     control: dict[str, float] | None = None
     sessions: list[dict[str, Any]] = []
+    fingerprints: dict[str, dict[str, str]] = {}  # of generator and target, as they were when the run began
 
     @property
     def outcome(self) -> Outcome | None:

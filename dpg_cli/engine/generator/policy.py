@@ -17,6 +17,8 @@ from dpg_cli.engine.ranks import ALONE, BUCKET, Ranks
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.errors import DegenerateError
 
+NOTHING = -1e9  # a logit of probability 0, finite so that differences of log-probabilities are
+
 
 @dataclass(frozen=True)
 class PolicySpec:
@@ -30,6 +32,7 @@ class PolicySpec:
         minibatch: completions an optimiser step.
         micro_batch: completions in memory at once; 0 for the whole mini-batch. Changes nothing beyond rounding.
         max_grad_norm: gradient clipping, 0 for none.
+        silent_ids: ids that sampling never draws; π gives them nothing either.
     """
 
     temperature: float = 1.0
@@ -39,6 +42,15 @@ class PolicySpec:
     minibatch: int = 256
     micro_batch: int = 0
     max_grad_norm: float = 1.0
+    silent_ids: tuple[int, ...] = ()
+
+    def log_pi(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the distribution that completions are drawn from, from the generator's logits (..., V)."""
+        logits = logits / self.temperature
+        if self.silent_ids:
+            silent = torch.tensor(self.silent_ids, dtype=torch.int64, device=logits.device)
+            logits.index_fill_(-1, silent, NOTHING)  # of the quotient, not of what was given
+        return torch.log_softmax(logits, -1)
 
 
 def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -80,7 +92,7 @@ def policy_loss(
     examples, tokens = whole or (len(rollout), int(rollout.mask_N_K.sum()))
     advantage = credit.advantage_N_K if index is None else credit.advantage_N_K[index]
     mask = rollout.mask_N_K
-    log_pi = torch.log_softmax(logits_N_K_V / spec.temperature, -1)
+    log_pi = spec.log_pi(logits_N_K_V)
     chosen = log_pi.gather(-1, rollout.ids_N_K[..., None])[..., 0]
     ratio = ((chosen - rollout.logprobs_N_K) * mask).exp()
     clipped = ratio.clamp(1 - spec.clip, 1 + spec.clip)
@@ -143,7 +155,7 @@ def add_gradient(
             if reference is None:
                 raise ValueError("a KL coefficient needs the starting generator as reference")
             with torch.no_grad():
-                reference_logprobs = torch.log_softmax(completion_logits(reference, rows) / spec.temperature, -1)
+                reference_logprobs = spec.log_pi(completion_logits(reference, rows))
         logits = completion_logits(model, rows)
         loss, stats = policy_loss(logits, rows, credit, spec, reference_logprobs, piece if part else None, whole)
         loss.backward()

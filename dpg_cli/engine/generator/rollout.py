@@ -38,6 +38,7 @@ class Sampling:
         end_ids: further tokens that end a completion, such as an instruct model's end of turn.
         prompts: how a prompt becomes token ids; None tokenises its text as it is.
         portable: draw by the table of uniforms also where one process samples alone.
+        silent_ids: ids without a token in the tokeniser (padding of the vocabulary), which are never drawn.
     """
 
     group_size: int
@@ -50,6 +51,7 @@ class Sampling:
     end_ids: tuple[int, ...] = ()
     prompts: PromptFormat | None = None
     portable: bool = False
+    silent_ids: tuple[int, ...] = ()
 
     def ends(self) -> list[int]:
         """Every token that ends a completion."""
@@ -200,12 +202,15 @@ def _sample_batch(
     position = positions[:, -1:].repeat_interleave(groups, 0)
     alive = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(sampling.ends(), device=ids.device)
+    silent = torch.tensor(sampling.silent_ids, dtype=torch.int64, device=ids.device)
     tokens, masks, logprobs = [], [], []
     entropy = torch.zeros((), dtype=logits.dtype, device=ids.device)
     for step in range(sampling.max_tokens):
         logits = logits / sampling.temperature
         if step + 1 < sampling.min_tokens:
             logits[:, ends] = -torch.inf
+        if len(silent):
+            logits[:, silent] = -torch.inf
         log_pi = torch.log_softmax(logits, -1)
         if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
             raise DegenerateError(
