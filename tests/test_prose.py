@@ -12,15 +12,17 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpg_cli import models, prompts, prose
-from dpg_cli.config import ModelsConfig, TextLossOptions
-from dpg_cli.embedded import MODELS
+from dpg_cli import prose
+from dpg_cli.data import prompts
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import held_out
+from dpg_cli.models import loading as models
+from dpg_cli.models.embedded import EMBEDDED
 from dpg_cli.prose import MODEL_DIR, READER_DIR, TEXTS_DIR, pretrain, quality, source, texts
 from dpg_cli.prose.source import Chapter
 from dpg_cli.prose.training import Rows
 from dpg_cli.runs.folder import resolve_paths
+from dpg_cli.settings.config import ModelsConfig, TextLossOptions
 
 FOLDERS = {"prose": MODEL_DIR, "prose-reader": READER_DIR}
 SIZES = {"prose": 334_464, "prose-reader": 520_832}
@@ -83,7 +85,7 @@ def test_impossible_requests_are_refused():
 
 def test_the_names_are_understood_where_models_prompts_and_texts_are_named(tmp_path):
     assert models.location("prose") == str(MODEL_DIR)
-    assert MODELS["prose-reader"] == READER_DIR
+    assert EMBEDDED["prose-reader"] == READER_DIR
     assert prompts.load_prompts("prose") == prose.prompts("train")
     assert prompts.load_prompts("prose", split="eval") == prose.prompts("eval")
     found, said = held_out(TextLossOptions(name="text-loss", file="prose", documents=10))

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.errors import UsageError
+from dpg_cli.models.embedded import EMBEDDED
 from dpg_cli.models.hub import first_line, offline_note, unreachable
 from dpg_cli.models.template import end_tokens
 from dpg_cli.settings.config import ModelsConfig
-from dpg_cli.tiny import MODEL_DIR
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -99,8 +99,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def location(name: str) -> str:
-    """What transformers is given for a model's name: the embedded folder for `tiny`, else the name itself."""
-    return str(MODEL_DIR) if name == "tiny" else name
+    """What transformers is given for a model's name: the folder of an embedded model, else the name itself."""
+    return str(EMBEDDED.get(name, name))
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def load(
     """Load a causal LM and its tokeniser.
 
     Args:
-        name: `tiny`, a folder in the format of `save_pretrained`, or a hub name.
+        name: `tiny`, `prose`, `prose-reader`, a folder in the format of `save_pretrained`, or a hub name.
         device: where it lives.
         dtype: "float32" or "float64".
         init: "pretrained", or "random" for the same architecture with fresh weights.
@@ -135,7 +135,7 @@ def load(
         UsageError: if there is no such model, or it has no tokeniser, no safetensors weights, or no end-of-sequence token.
     """
     place = location(name)
-    if name != "tiny" and (name.startswith((".", "/", "~")) or Path(name).exists()):
+    if name not in EMBEDDED and (name.startswith((".", "/", "~")) or Path(name).exists()):
         place = str(Path(name).expanduser())
         if not (Path(place) / "config.json").is_file():
             raise UsageError(
@@ -170,7 +170,7 @@ def _refusal(name: str, error: Exception) -> UsageError:
     if unreachable(error) and not Path(name).expanduser().exists():
         return UsageError(
             f"The model {name!r} cannot be loaded: it is not on this machine, and the hub cannot be reached{offline_note()}.",
-            "Name `tiny`, a folder that save_pretrained wrote, or run where the hub can be reached.",
+            "Name `tiny`, `prose`, a folder that save_pretrained wrote, or run where the hub can be reached.",
         )
     if type(error.__cause__ or error).__name__ == "GatedRepoError":
         return UsageError(
@@ -179,7 +179,7 @@ def _refusal(name: str, error: Exception) -> UsageError:
         )
     return UsageError(
         f"The model {name!r} cannot be loaded: {first_line(error)}.",
-        "Name `tiny`, a folder that save_pretrained wrote, or a hub model that this machine can reach.",
+        "Name `tiny`, `prose`, a folder that save_pretrained wrote, or a hub model that this machine can reach.",
     )
 
 
