@@ -3,7 +3,8 @@
 Here belong what is shipped (`model/`, `reader/`, `texts/`), the readers of it (this file, free of torch), and the script that
 made all of it, `pretrain`, with its parts: `source` (the text), `vocabulary`, `shapes`, `training`, `quality`, `card`.
 
-Not here: names of models and of prompt sources for the whole house (`models/embedded.py`, `data/prompts.py`); the toy world (`tiny/`).
+Not here: names of models and of prompt sources for the whole house (`models/embedded.py`, `data/prompts.py`); the toy world (`tiny/`), what uses either.
+Imports nothing of ours but `errors`.
 """
 
 from __future__ import annotations
