@@ -8,10 +8,10 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test lint bench study docs model clean
+.PHONY: help setup demo test lint bench study docs model model-prose clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 setup: $(STAMP)  ## make .venv with the tested versions
 
@@ -53,6 +53,9 @@ docs: $(STAMP)  ## the references made anew, and the site into build/site
 
 model: $(STAMP)  ## make the embedded model anew (five to eight minutes)
 	$(BIN)/python -m dpg_cli.tiny.pretrain
+
+model-prose: $(STAMP)  ## make the two embedded models of prose anew, from a Debian package's text (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m dpg_cli.prose.pretrain
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

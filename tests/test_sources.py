@@ -160,7 +160,7 @@ def test_bad_sources_give_one_line_that_names_the_flag(tmp_path: Path) -> None:
             load_prompts(source)
         assert "\n" not in str(caught.value)
         assert caught.value.remedy
-    with pytest.raises(UsageError, match="--prompts tiny, empty, a text, JSONL or parquet file"):
+    with pytest.raises(UsageError, match="--prompts tiny, prose, empty, a text, JSONL or parquet file"):
         load_prompts("none.txt")
 
 

@@ -47,14 +47,14 @@ def settings_of(options: Mapping[str, Any]) -> Config:
 def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
     """The nested settings that dedicated flags make; those not given are left out."""
     from dpg_cli.data.sources import absolute
-    from dpg_cli.runs.folder import OWN_PROMPTS
+    from dpg_cli.runs.folder import OWN_PROMPTS, OWN_TEXTS
 
     image, corner, eval_text, prompts = (options[name] for name in ("image", "patch_origin", "eval_text", "prompts"))
     metric = {
         **{key: options[name] for name, key in METRIC_OPTIONS.items()},
         "image": None if image is None else str(image.resolve()),
         "origin": None if corner is None else origin(corner),
-        "file": None if eval_text is None else absolute(eval_text),
+        "file": eval_text if eval_text is None or eval_text in OWN_TEXTS else absolute(eval_text),
         **custom_settings(options["metric"]),
     }
     flags: dict[str, Any] = {
@@ -84,8 +84,10 @@ def _model(role: str, name: str | None) -> dict[str, str]:
 
 def model_place(name: str) -> str:
     """A model's name as settings keep it: a folder by its full path, whatever folder a command is given in."""
+    from dpg_cli.models.embedded import EMBEDDED
+
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != "tiny" and path.exists() else name
+    return str(path.resolve()) if name not in EMBEDDED and path.exists() else name
 
 
 def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, Any], overrides: list[str]) -> Config:

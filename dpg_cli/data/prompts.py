@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
+from dpg_cli import prose
 from dpg_cli.data.sources import open_texts
 from dpg_cli.data.texts import ListedTexts, Part, Texts
 from dpg_cli.errors import UsageError
@@ -26,9 +27,9 @@ def load_prompts(
     """The prompts of a source.
 
     Args:
-        source: `tiny`; `empty` for one empty prompt (the generator writes unprompted); else see `sources`.
-        split: "train" or "eval". `tiny` has evaluation prompts of its own; of another source they are the last
-            `holdout` prompts, or the same prompts where none are held out.
+        source: `tiny`; `prose`; `empty` for one empty prompt (the generator writes unprompted); else see `sources`.
+        split: "train" or "eval". `tiny` and `prose` have evaluation prompts of their own; of another source they are the
+            last `holdout` prompts, or the same prompts where none are held out.
         limit: only the first so many prompts of the source; 0 takes all.
         holdout: prompts at the end of the source that training leaves alone.
 
@@ -37,9 +38,11 @@ def load_prompts(
     """
     if source == "tiny":
         return world.prompts(split, TINY_PROMPTS if split == "train" else 256, seed=0)
+    if source == "prose":
+        return prose.prompts(split)
     if source == "empty":
         return [""]
-    texts = open_texts(source, KEYS, split="train", what="prompts", flag="--prompts tiny, empty,", limit=limit)
+    texts = open_texts(source, KEYS, split="train", what="prompts", flag="--prompts tiny, prose, empty,", limit=limit)
     if not holdout:
         return texts
     if holdout >= len(texts):

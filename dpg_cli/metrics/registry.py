@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpg_cli import prose
 from dpg_cli.data.harness import PREFIX, task_documents
 from dpg_cli.data.sources import open_texts
 from dpg_cli.engine.records import Examples
@@ -74,6 +75,9 @@ def held_out(options: TextLossOptions) -> tuple[list[str], str]:
     if not options.file:
         texts = world.sentences("eval", options.language, options.documents, seed=1)
         return texts, f"{len(texts)} held-out sentences ({options.language})"
+    if options.file == "prose":
+        texts = prose.heldout(min(options.documents, len(prose.heldout())))
+        return texts, f"{len(texts)} held-out passages of prose"
     source = options.file.replace("{language}", options.language)
     if source.startswith(PREFIX):
         texts = task_documents(source.removeprefix(PREFIX), options.documents)

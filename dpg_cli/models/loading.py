@@ -20,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from dpg_cli.errors import UsageError
 from dpg_cli.models.adapters import merge
+from dpg_cli.models.embedded import EMBEDDED
 from dpg_cli.models.folder import TOKENIZERS, ModelError, ModelFolder, examine, find
 from dpg_cli.models.hub import first_line, offline_note, unreachable
 from dpg_cli.models.sound import known_ids, require_causal, require_vocabulary
 from dpg_cli.models.strict import blank, cannot_load, load_strictly
 from dpg_cli.models.template import end_tokens
 from dpg_cli.settings.config import ModelsConfig
-from dpg_cli.tiny import MODEL_DIR
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -111,8 +111,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def location(name: str) -> str:
-    """What transformers is given for a model's name: the embedded folder for `tiny`, else the name itself."""
-    return str(MODEL_DIR) if name == "tiny" else name
+    """What transformers is given for a model's name: the folder of an embedded model, else the name itself."""
+    return str(EMBEDDED.get(name, name))
 
 
 @contextlib.contextmanager
@@ -137,7 +137,8 @@ def load(
     """Load a causal LM and its tokeniser.
 
     Args:
-        name: `tiny`, a folder in the format of `save_pretrained`, or a hub name. An adapter (PEFT) is merged.
+        name: `tiny`, `prose`, `prose-reader`, a folder in the format of `save_pretrained`, or a hub name. An adapter (PEFT)
+            is merged.
         device: where it lives.
         dtype: "float32" or "float64": what the weights are converted to, whatever their own type.
         init: "pretrained", or "random" for the same architecture with fresh weights.
@@ -213,7 +214,7 @@ def _refusal(name: str, error: Exception) -> ModelError:
     if unreachable(error):
         return ModelError(
             f"The model {name!r} cannot be loaded: it is not on this machine, and the hub cannot be reached{offline_note()}.",
-            "Name `tiny`, a folder that save_pretrained wrote, or run where the hub can be reached.",
+            "Name `tiny`, `prose`, a folder that save_pretrained wrote, or run where the hub can be reached.",
         )
     if "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
         return ModelError(

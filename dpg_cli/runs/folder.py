@@ -17,7 +17,8 @@ from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, 
 
 __all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
 
-OWN_PROMPTS = ("tiny", "empty")  # sources that are no paths
+OWN_PROMPTS = ("tiny", "prose", "empty")  # sources that are no paths
+OWN_TEXTS = ("prose",)  # held-out texts that are none
 
 
 class RunFolder:
@@ -215,7 +216,7 @@ def resolve_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(metric, dict) and isinstance(metric.get("image"), str) and metric["image"]:
         with contextlib.suppress(ValueError, OSError):  # no possible path: whatever opens it will say so
             data = {**data, "metric": {**metric, "image": str((base / metric["image"]).resolve())}}
-    if isinstance(metric, dict) and isinstance(metric.get("file"), str) and metric["file"]:
+    if isinstance(metric, dict) and isinstance(metric.get("file"), str) and metric["file"] not in ("", *OWN_TEXTS):
         with contextlib.suppress(ValueError, OSError):
             data = {**data, "metric": {**metric, "file": absolute(metric["file"], base)}}
     if isinstance(prompts, dict) and isinstance(prompts.get("source"), str) and prompts["source"] not in OWN_PROMPTS:

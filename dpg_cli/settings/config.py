@@ -35,7 +35,7 @@ DEEPEST = 8  # levels of tables and lists in settings
 
 
 class ModelsConfig(Section):
-    """Which models play the generator and the target. `tiny` names the embedded model; else a folder or a hub name."""
+    """Which models play the generator and the target. `tiny`, `prose` and `prose-reader` are embedded; else a folder or a hub name."""
 
     generator: str = "tiny"
     target: str = "tiny"
@@ -57,7 +57,7 @@ class PromptsConfig(Section):
 
     source: str = Field(
         "tiny",
-        description="`tiny`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        description="`tiny`, `prose`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
         "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
     )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")

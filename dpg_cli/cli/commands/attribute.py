@@ -31,7 +31,7 @@ def attribute(
             "rows with `messages` in a JSONL or parquet file are read through the target's chat template."
         ),
     ],
-    target: Annotated[str, typer.Option(help="The model to fine-tune: a folder, a hub name, or tiny.")] = "tiny",
+    target: Annotated[str, typer.Option(help="The model to fine-tune: a folder, a hub name, tiny or prose.")] = "tiny",
     metric: Annotated[str, typer.Option(help="text-loss, pattern or norm.")] = "text-loss",
     language: Annotated[
         str | None, typer.Option(help="text-loss on held-out sentences of the embedded world: en, es, de, fr or it.")

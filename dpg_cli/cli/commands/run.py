@@ -49,20 +49,26 @@ def run(
     eval_text: Annotated[
         str | None,
         typer.Option(
-            help="Held-out text: a source as for --prompts, or lm-eval:TASK.", rich_help_panel="language-rephrase"
+            help="Held-out text: prose, a source as for --prompts, or lm-eval:TASK.",
+            rich_help_panel="language-rephrase",
         ),
     ] = None,
     generator: Annotated[
         str | None,
-        typer.Option(help="Pretrained generator: a folder, a hub name, or tiny.", rich_help_panel=_OWN),
+        typer.Option(
+            help="Pretrained generator: a folder, a hub name, tiny, prose or prose-reader.", rich_help_panel=_OWN
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Pretrained target: a folder, a hub name, or tiny.", rich_help_panel=_OWN)
+        str | None,
+        typer.Option(
+            help="Pretrained target: a folder, a hub name, tiny, prose or prose-reader.", rich_help_panel=_OWN
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="tiny, empty, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+            help="tiny, prose, empty, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
             "(OWNER/NAME@CONFIG#SPLIT:COLUMN).",
             rich_help_panel=_OWN,
         ),
