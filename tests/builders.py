@@ -70,10 +70,10 @@ def make_target(architecture: str, *, tied: bool, dtype: torch.dtype = torch.flo
     return model.eval()
 
 
-def make_examples(n: int, *, longest: int = 9, seed: int = 0) -> Examples:
-    """n ragged sequences of 2 … `longest` tokens, right-padded."""
+def make_examples(n: int, *, shortest: int = 2, longest: int = 9, seed: int = 0) -> Examples:
+    """n ragged sequences of `shortest` … `longest` tokens, right-padded."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, longest + 1, (n,), generator=generator).tolist()
+    lengths = torch.randint(shortest, longest + 1, (n,), generator=generator).tolist()
     return Examples.from_sequences(
         [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths], pad_id=VOCAB - 1
     )

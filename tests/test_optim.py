@@ -1,105 +1,256 @@
-"""The inner optimisers against torch's own, and their adjoints against autograd."""
+"""The inner optimisers, each of the table: against torch's own, and their adjoints against differences and autograd. float64."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from builders import make_examples, make_target
+from optimizers_table import OPTIMIZERS
 from torch import Tensor
 
-from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, initial_state, update
+from dpg_cli.engine.inner.optimizers import (
+    OptimizerSpec,
+    Rate,
+    State,
+    adjoint,
+    base,
+    elasticity,
+    initial_state,
+    registered,
+    update,
+)
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.reverse.reference import STEPS
+from dpg_cli.evidence.stock import fine_tune
+from dpg_cli.settings.config import InnerConfig
 
-SPECS = [
-    OptimizerSpec("adamw", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
-    OptimizerSpec("adamw", lr=0.01, beta1=0.0, beta2=0.0, eps=1e-3),
-    OptimizerSpec("sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
-    OptimizerSpec("sgd", lr=0.1),
-]
-
-
-def stock(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if spec.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=spec.weight_decay
-        )
-    return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+SIZE = 50
+EVERY = pytest.mark.parametrize("name", OPTIMIZERS)
+AT = pytest.mark.parametrize("step", [0, 5])
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_inner_run_equals_torch(spec: OptimizerSpec, tied: bool) -> None:
-    examples = make_examples(11)
-    model = make_target("gpt2", tied=tied)
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "BLOCK", 16)
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    assert reference.norm() > 1e-4
+    return float((value - reference).norm() / reference.norm())
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def like_of(spec: OptimizerSpec, theta: Tensor, m: Tensor, v: Tensor) -> State:
+    """A state with the vectors that the optimiser has."""
+    return State(theta, m, v if len(initial_state(spec, theta).v) else theta.new_empty(0))
+
+
+def point(spec: OptimizerSpec) -> tuple[State, Tensor, State]:
+    """A state in the midst of a run, a gradient, and adjoints of the next state."""
+    return like_of(spec, draw(1), draw(2), draw(3).abs()), draw(4), like_of(spec, draw(5), draw(6), draw(7))
+
+
+def inner(left: State, right: State) -> float:
+    return sum(float(a @ b) for a, b in zip(left, right, strict=True))
+
+
+def test_every_optimizer_has_a_row() -> None:
+    assert {row.spec.name for row in OPTIMIZERS.values()} == set(registered())
+    assert all(row.plain or row.spec.name in STEPS for row in OPTIMIZERS.values())
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.stock])
+def test_steps_equal_torch(name: str) -> None:
+    row = OPTIMIZERS[name]
+    assert row.stock is not None
+    parameter = torch.nn.Parameter(draw(0).clone())
+    optimizer = row.stock([parameter], row.spec)
+    state = initial_state(row.spec, draw(0))
+    for step in range(5):
+        grad = draw(10 + step)
+        grad[:3] = 0
+        parameter.grad = grad.clone()
+        optimizer.step()
+        before = [vector.clone() for vector in (*state, grad)]
+        after = update(row.spec, state, grad, step, last=step == 4)
+        assert all(torch.equal(kept, now) for kept, now in zip(before, (*state, grad), strict=True))
+        state = after
+        assert relative(state.theta, parameter.detach()) < 1e-14
+    assert (len(state.m), len(state.v)) == (0, 0)  # no step follows
+    assert relative(state.theta, draw(0)) > 1e-2
+
+
+@EVERY
+@AT
+def test_adjoint_equals_finite_differences(name: str, step: int) -> None:
+    """Along a direction in (state, g): the five-point rule against <adjoint, direction>."""
+    spec = OPTIMIZERS[name].spec
+    state, grad, after = point(spec)
+    way, way_grad = like_of(spec, draw(21), draw(22), draw(23)), draw(24)
+    grad_bar, before = adjoint(spec, after, state, grad, step)
+
+    def value(h: float) -> float:
+        moved = State(*(a + h * b for a, b in zip(state, way, strict=True)))
+        return inner(after, update(spec, moved, grad + h * way_grad, step))
+
+    h = OPTIMIZERS[name].h
+    a, b, c, d = (value(k * h) for k in (-2, -1, 1, 2))
+    expected = (a - 8 * b + 8 * c - d) / (12 * h)
+    assert abs(expected) > 1e-2
+    assert inner(before, way) + float(grad_bar @ way_grad) == pytest.approx(expected, rel=1e-7)
+
+
+@EVERY
+@AT
+def test_adjoint_equals_autograd(name: str, step: int) -> None:
+    row = OPTIMIZERS[name]
+    state, grad, after = point(row.spec)
+    leaves = [vector.clone().requires_grad_() for vector in (*state, grad) if len(vector)]
+    theta, *moments, gradient = leaves
+    theta_new, new = (row.plain or STEPS[row.spec.name])(row.spec, step, theta, gradient, tuple(moments))
+    out = [vector for vector in after if len(vector)]
+    expected = torch.autograd.grad((theta_new, *new), leaves, out, materialize_grads=True)
+    grad_bar, before = adjoint(row.spec, after, state, grad, step)
+    got = [vector for vector in (*before, grad_bar) if len(vector)]
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@EVERY
+def test_what_the_adjoint_may_write_over(name: str) -> None:
+    spec = OPTIMIZERS[name].spec
+    state, grad, after = point(spec)
+    expected_grad, expected = adjoint(spec, after, state, grad, 3)
+    again = point(spec)
+    kept = zip((*state, grad, *after), (*again[0], again[1], *again[2]), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+
+    into = torch.empty_like(grad)
+    for options in ({"consume": True}, {"consume": True, "first": True}, {"consume": True, "grad_into": into}):
+        state, grad, after = point(spec)
+        if options.get("first"):  # m̄' and v̄' of a last step are one number, expanded
+            after = State(after.theta, *(v.new_zeros(1).expand_as(v) for v in after[1:]))
+            expected_first = adjoint(spec, after, state, grad, 3, first=True)
+            got = adjoint(spec, after, state, grad, 3, **options)
+            assert torch.equal(got[0], expected_first[0])
+            assert [len(vector) for vector in got[1]] == [0, 0, 0]
+            continue
+        grad_bar, before = adjoint(spec, after, state, grad, 3, **options)
+        assert torch.equal(grad_bar, expected_grad)
+        assert all(torch.equal(a, b) for a, b in zip(before, expected, strict=True))
+        assert torch.equal(state.theta, draw(1))
+        assert (grad_bar is into) == ("grad_into" in options)
+        assert torch.equal(grad, draw(4)) == ("grad_into" in options)
+
+
+@EVERY
+def test_rates_of_ranges(name: str) -> None:
+    """Ranges with their own rate and decay step as if each were alone; a rate of 0 moves nothing."""
+    spec = OPTIMIZERS[name].spec
+    rates = (Rate(20, 0.3, 0.0), Rate(21, 0.0, 0.2), Rate(SIZE, 0.02, 0.05))
+    state, grad, after = point(spec)
+    moved = update(spec, state, grad, 2, rates=rates)
+    grad_bar, before = adjoint(spec, after, state, grad, 2, rates=rates)
+    start = 0
+    for rate in rates:
+        span = slice(start, rate.stop)
+        own = replace(spec, lr=rate.lr or 1.0, weight_decay=rate.weight_decay)
+        mine = [*moved.part(span), grad_bar[span], *before.part(span)]
+        if rate.lr:
+            alone = update(own, state.part(span), grad[span], 2)
+            alone_bar, alone_before = adjoint(own, after.part(span), state.part(span), grad[span], 2)
+            for a, b in zip(mine, (*alone, alone_bar, *alone_before), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+        else:
+            assert torch.equal(moved.theta[span], state.theta[span])
+        start = rate.stop
+    with pytest.raises(ValueError, match="end at 21"):
+        update(spec, state, grad, 2, rates=rates[:2])
+
+
+@EVERY
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_zero_gradients_move_nothing_and_have_finite_adjoints(name: str, eps: float) -> None:
+    spec = replace(OPTIMIZERS[name].spec, eps=eps, eps_root=0.0, weight_decay=0.0)
+    state, grad = initial_state(spec, draw(1)), draw(2)
+    grad[::2] = 0
+    after = update(spec, state, grad, 0)
+    assert torch.equal(after.theta[::2], state.theta[::2])
+    assert bool((after.theta[1::2] != state.theta[1::2]).all())
+    grad_bar, before = adjoint(spec, like_of(spec, draw(5), draw(6), draw(7)), state, grad, 0)
+    assert all(bool(torch.isfinite(vector).all()) for vector in (grad_bar, *before))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_the_derivative_at_zero(name: str) -> None:
+    """At g = 0 that of -lr g / (|g| + ε) is -lr / ε; with ε = 0 there is none, and 0 stands for it."""
+    theta, zero = draw(0), torch.zeros(SIZE, dtype=torch.float64)
+    for eps, slope in ((1e-3, -100.0), (0.0, 0.0)):
+        spec = OptimizerSpec(name, lr=0.1, eps=eps)
+        grad_bar, _ = adjoint(spec, State(zero + 1, zero, zero), initial_state(spec, theta), zero, 0)
+        torch.testing.assert_close(grad_bar, zero + slope)
+
+
+@EVERY
+def test_elasticity_equals_differences(name: str) -> None:
+    """d log|u| / d log|g| of a first step without decay, between 0 (sign) and 1 (linear); 1 at g = 0."""
+    spec = replace(OPTIMIZERS[name].spec, weight_decay=0.0)
+    grad = torch.logspace(-6, 2, 41, dtype=torch.float64)
+    zero = torch.zeros_like(grad)
+
+    def log_step(factor: float) -> Tensor:
+        return update(spec, initial_state(spec, zero), grad * factor, 0).theta.abs().log()
+
+    h = 1e-4
+    expected = (log_step(1 + h) - log_step(1 - h)) / math.log((1 + h) / (1 - h))
+    found = elasticity(spec, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert float(elasticity(spec, zero[:1])) == 1.0
+
+
+RECIPES = {  # settings of `[inner]`, one at least for each name that they offer
+    "adamw": {"optimizer": "adamw", "eps": 1e-3, "weight_decay": 0.1},
+    "adam": {"optimizer": "adam", "eps": 1e-3, "weight_decay": 0.1},
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.1},
+    "nesterov": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
+}
+
+
+def test_settings_offer_what_there_is() -> None:
+    offered = set(get_args(InnerConfig.model_fields["optimizer"].annotation))
+    assert offered == {recipe["optimizer"] for recipe in RECIPES.values()}
+    assert offered <= set(registered())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_stock_training_of_verify_equals_the_inner_run(name: str) -> None:
+    inner = InnerConfig(**RECIPES[name])
+    examples, model = make_examples(11), make_target("gpt2", tied=True)
     run = TargetRun(model, ParameterSpace(model), "token", examples.ids_N_S.shape[1])
     theta = run.space.read(model)
-    trace = inner_run(run, theta, examples, spec, torch.ones(11, dtype=torch.float64), 4)
-    assert len(trace.steps) == 3
-
-    optimizer = stock(spec, list(model.parameters()))
-    for start in (0, 4, 8):
-        batch = examples.rows(start, min(start + 4, 11))
-        labels = batch.ids_N_S.masked_fill(~batch.label_N_S, -100)
-        optimizer.zero_grad()
-        model(input_ids=batch.ids_N_S, labels=labels).loss.backward()
-        optimizer.step()
-    trained = run.space.read(model)
-    assert float((trained - theta).abs().max()) > 1e-3
-    assert float((trained - trace.theta).abs().max()) < 1e-6
-    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
-
-
-@pytest.mark.parametrize("eps_root", [0.0, 1e-4])
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("step", [0, 5])
-def test_adjoint_equals_autograd(spec: OptimizerSpec, eps_root: float, step: int) -> None:
-    spec = OptimizerSpec(**{**spec.__dict__, "eps_root": eps_root if spec.name == "adamw" else 0.0})
-    rng = torch.Generator().manual_seed(step)
-    theta, m, grad, *bars = (torch.randn(50, dtype=torch.float64, generator=rng) for _ in range(6))
-    v = torch.rand(50, dtype=torch.float64, generator=rng)
-    state = State(theta, m, v) if spec.name == "adamw" else State(theta, m, theta.new_empty(0))
-    after = State(*bars) if spec.name == "adamw" else State(bars[0], bars[1], theta.new_empty(0))
-
-    leaves = [tensor.clone().requires_grad_() for tensor in (theta, m, v, grad)]
-
-    def differentiable(theta: Tensor, m: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-        if spec.name == "sgd":
-            buffer = spec.momentum * m + grad + spec.weight_decay * theta
-            return (after.theta * (theta - spec.lr * buffer)).sum() + (after.m * buffer).sum()
-        m2 = spec.beta1 * m + (1 - spec.beta1) * grad
-        v2 = spec.beta2 * v + (1 - spec.beta2) * grad**2
-        c1, c2 = 1 - spec.beta1 ** (step + 1), 1 - spec.beta2 ** (step + 1)
-        move = (m2 / c1) / ((v2 / c2 + spec.eps_root).sqrt() + spec.eps) + spec.weight_decay * theta
-        return (after.theta * (theta - spec.lr * move)).sum() + (after.m * m2).sum() + (after.v * v2).sum()
-
-    expected = torch.autograd.grad(differentiable(*leaves), leaves, allow_unused=True)
-    grad_bar, before = adjoint(spec, after, state, grad, step)
-    torch.testing.assert_close(grad_bar, expected[3], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(before.theta, expected[0], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(before.m, expected[1], rtol=1e-10, atol=1e-12)
-    if spec.name == "adamw":
-        torch.testing.assert_close(before.v, expected[2], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
-def test_zero_gradient_moves_nothing_and_differentiates_to_zero(eps: float) -> None:
-    spec = OptimizerSpec("adamw", lr=0.1, eps=eps, eps_root=0.0)
-    state = initial_state(spec, torch.ones(3, dtype=torch.float64))
-    grad = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
-    after = update(spec, state, grad, 0)
-    assert after.theta[0] == 1
-    assert float(after.theta[1]) == pytest.approx(0.9, abs=1e-8)
-    ones = torch.ones(3, dtype=torch.float64)
-    grad_bar, before = adjoint(spec, State(ones, 0 * ones, 0 * ones), state, grad, 0)
-    assert bool(torch.isfinite(grad_bar).all())
-    assert bool(torch.isfinite(before.v).all())
-    # At g = 0 the derivative of -lr g / (|g| + ε) is -lr / ε; with ε = 0 there is none, and 0 stands for it.
-    assert float(grad_bar[0]) == pytest.approx(-0.1 / eps if eps else 0.0)
+    ours = inner_run(run, theta, examples, OptimizerSpec.of(inner), torch.ones(11).double(), 4).theta
+    rows = zip(examples.ids_N_S, examples.attention_N_S, strict=True)
+    assert fine_tune(model, [ids[real].tolist() for ids, real in rows], inner, 3) == 3
+    assert relative(run.space.read(model) - theta, ours - theta) < 1e-12
 
 
 def test_impossible_settings_are_refused() -> None:
-    for wrong in ({"lr": 0.0}, {"beta1": 1.0}, {"eps": -1e-8}, {"name": "adam"}, {"momentum": -0.1}):
-        with pytest.raises(ValueError, match=next(iter(wrong)) if "name" not in wrong else "adam"):
+    for wrong in ({"lr": 0.0}, {"beta1": 1.0}, {"eps": -1e-8}, {"momentum": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
             OptimizerSpec(**wrong)
+    with pytest.raises(ValueError, match=r"unknown inner optimiser 'lion'; there are 'adam', 'adamw', 'sgd' and"):
+        OptimizerSpec("lion")
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        OptimizerSpec("sgd", nesterov=True)
+    for name in ("adam", "adamw"):
+        with pytest.raises(ValueError, match="nesterov is a setting of 'sgd'"):
+            OptimizerSpec(name, nesterov=True)

@@ -6,8 +6,9 @@ Not here: files, settings, messages. Imports none of the rooms that hold them, a
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.reverse.reference import reference_metagradient
 from dpg_cli.models import allocator
 
 allocator.settle()
 
-__all__ = ["Examples", "Metagradient", "OptimizerSpec", "metagradient"]
+__all__ = ["Examples", "Metagradient", "OptimizerSpec", "metagradient", "reference_metagradient"]

@@ -201,7 +201,7 @@ def epsilon(spec: OptimizerSpec, grad: Tensor, theta_bar: Tensor, steps: int) ->
     says = (
         f"{share:.0%} of the coordinates that the metric reads update by sign(g): |g| {low:.1e} / {median:.1e} / {high:.1e} "
         f"(10, 50, 90 %), "
-    ) + (f"eps {spec.eps:.1e}, root of eps_root {root:.1e}" if spec.name == "adamw" else "SGD is linear in them")
+    ) + ("SGD is linear in them" if spec.name == "sgd" else f"eps {spec.eps:.1e}, root of eps_root {root:.1e}")
     measured = {
         "sign_share": share,
         "elasticity": elastic,

@@ -3,6 +3,7 @@
 Not here: what calls them (`../run.py`, `engine/reverse/walk.py`), and what is laid over any of them: schedules, clipping.
 """
 
+from dpg_cli.engine.inner.optimizers.adam import Adam
 from dpg_cli.engine.inner.optimizers.adamw import AdamW
 from dpg_cli.engine.inner.optimizers.base import (
     Optimizer,
@@ -20,12 +21,15 @@ from dpg_cli.engine.inner.optimizers.base import (
     uniform,
     update,
 )
+from dpg_cli.engine.inner.optimizers.elementwise import Elementwise
 from dpg_cli.engine.inner.optimizers.sgd import SGD
 
+register("adam", Adam())
 register("adamw", AdamW())
 register("sgd", SGD())
 
 __all__ = [
+    "Elementwise",
     "Optimizer",
     "OptimizerSpec",
     "Rate",

@@ -8,8 +8,8 @@ Source: DESIGN §2 and §7. `elementwise.py` carries all but the equations of an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +22,14 @@ class OptimizerSpec:
     """An inner optimiser.
 
     Attributes:
-        name: "adamw" or "sgd".
+        name: one of `registered()`: "adam", "adamw", "sgd".
         lr: learning rate, > 0.
-        beta1, beta2: AdamW's decay rates, in [0, 1).
+        beta1, beta2: Adam's and AdamW's decay rates, in [0, 1).
         eps: added to the root, outside it; eps_root: inside it. Both ≥ 0. Larger than |g| (eps_root: than g²), they
             make the update nearly linear in g (metasmooth); far smaller, it is nearly sign(g) and metagradients vanish.
-        weight_decay: λ, decoupled for AdamW, coupled for SGD.
+        weight_decay: λ, decoupled for AdamW, coupled for Adam and SGD.
         momentum: μ, SGD only.
+        nesterov: look ahead along the momentum, SGD only.
     """
 
     name: str = "adamw"
@@ -39,6 +40,13 @@ class OptimizerSpec:
     eps_root: float = 0.0
     weight_decay: float = 0.0
     momentum: float = 0.0
+    nesterov: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> OptimizerSpec:
+        """Of settings with the same names (`optimizer` for the name), such as the `[inner]` of a run."""
+        own = {field.name: getattr(settings, field.name) for field in fields(cls) if field.name != "name"}
+        return cls(settings.optimizer, **own)
 
     def __post_init__(self) -> None:
         if self.name not in _REGISTER:

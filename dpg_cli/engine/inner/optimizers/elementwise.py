@@ -29,8 +29,10 @@ class Elementwise(ABC):
 
     vectors: ClassVar[int]
 
-    def check(self, spec: OptimizerSpec) -> None:  # noqa: B027 - most have nothing to refuse
+    def check(self, spec: OptimizerSpec) -> None:
         """See `Optimizer`."""
+        if spec.nesterov:
+            raise ValueError(f"nesterov is a setting of 'sgd', not of {spec.name!r}")
 
     @abstractmethod
     def forward(self, spec: OptimizerSpec, step: int, rate: Rate, before: State, grad: Tensor, after: State) -> None:
