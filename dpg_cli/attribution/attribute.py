@@ -193,10 +193,7 @@ def attribute(
         result = metagradient(
             target.model,
             shuffled,
-            OptimizerSpec(
-                inner.optimizer, inner.lr, inner.beta1, inner.beta2, inner.eps, inner.eps_root, inner.weight_decay,
-                inner.momentum,
-            ),
+            OptimizerSpec.of(inner),
             metric,
             batch_size=inner.batch_size,
             normalization=inner.normalization,
@@ -204,7 +201,7 @@ def attribute(
             memory=inner.states,
             precision=inner.precision,
             progress=on_progress,
-        )  # fmt: skip
+        )
     back = torch.argsort(order)
     token_N_S = result.token_N_S.cpu()[back]
     example_N = result.example_N.cpu()[back]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,19 +16,28 @@ from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.settings.config import Config, InnerConfig
 
 ROWS_AT_ONCE = 256
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def require_stock_optimizer(inner: InnerConfig) -> None:
     """Refuse optimiser settings that stock PyTorch lacks.
 
     Raises:
-        UsageError: for AdamW with ε_root > 0.
+        UsageError: for Adam and AdamW with ε_root > 0.
     """
-    if inner.optimizer == "adamw" and inner.eps_root > 0:
+    if inner.optimizer in ADAMS and inner.eps_root > 0:
         raise UsageError(
-            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.AdamW.",
+            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.{ADAMS[inner.optimizer].__name__}.",
             "Only runs with inner.eps_root = 0 can be verified by stock PyTorch.",
         )
+
+
+def stock_optimizer(model: nn.Module, inner: InnerConfig) -> torch.optim.Optimizer:
+    """The optimiser of these settings as torch has it."""
+    shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
+    if inner.optimizer in ADAMS:
+        return ADAMS[inner.optimizer](model.parameters(), betas=(inner.beta1, inner.beta2), eps=inner.eps, **shared)
+    return torch.optim.SGD(model.parameters(), momentum=inner.momentum, nesterov=inner.nesterov, **shared)
 
 
 def trained_target(config: Config, data: Path, device: torch.device) -> tuple[LanguageModel, int, int]:
@@ -71,19 +81,7 @@ def fine_tune(model: nn.Module, sequences: list[list[int]], inner: InnerConfig, 
     Returns:
         The number of optimiser steps taken.
     """
-    optimizer: torch.optim.Optimizer
-    if inner.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=inner.lr,
-            betas=(inner.beta1, inner.beta2),
-            eps=inner.eps,
-            weight_decay=inner.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=inner.lr, momentum=inner.momentum, weight_decay=inner.weight_decay
-        )
+    optimizer = stock_optimizer(model, inner)
     longest = inner.max_length or (max(map(len, sequences)) if sequences else 0)
     size = -(-len(sequences) // steps)
     taken = 0

@@ -97,7 +97,9 @@ class RolloutConfig(Section):
 class InnerConfig(Section):
     """The inner run: ordinary supervised fine-tuning of the target on the completions."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="as in torch.optim: adamw decouples the weight decay, adam and sgd add it to the gradient"
+    )
     lr: Positive = 1e-3
     beta1: Decay = 0.9
     beta2: Decay = 0.95
@@ -105,6 +107,7 @@ class InnerConfig(Section):
     eps_root: NonNegative = 0.0
     weight_decay: NonNegative = 0.0
     momentum: Decay = Field(0.0, description="SGD only")
+    nesterov: bool = Field(False, description="SGD with momentum only: look ahead along it")
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
     max_length: Count = Field(
@@ -121,6 +124,12 @@ class InnerConfig(Section):
         description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
         "the credits of the first inner step are a quarter off",
     )
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> InnerConfig:
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            raise ValueError("nesterov looks ahead along SGD's momentum; set optimizer = 'sgd' and a momentum above 0")
+        return self
 
 
 class AttributionConfig(Section):
