@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec
+from dpg_cli.engine.inner.optimizers import Rate, Rates, by_matrix
 from dpg_cli.engine.reverse.reference import Moments, PlainStep
 
+SIZE = 50  # of the vectors that single steps are tried on
 Stock = Callable[[list[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
 
 
@@ -31,6 +33,14 @@ class Row:
     stock: Stock | None = None
     plain: PlainStep | None = None
     h: float = 1e-4
+
+
+def ranges(spec: OptimizerSpec) -> Rates | None:
+    """The ranges of a vector of `SIZE`: matrices of three forms and a rest, for an optimiser that treats them as such."""
+    if not by_matrix(spec):
+        return None
+    forms = ((12, (3, 4)), (32, (5, 4)), (41, (3, 3)), (SIZE, None))
+    return tuple(Rate(stop, spec.lr, spec.weight_decay, matrix) for stop, matrix in forms)
 
 
 def stock_adamw(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -70,6 +80,10 @@ OPTIMIZERS = {
     "sgd": Row(OptimizerSpec("sgd", lr=0.1), stock_sgd),
     "sgd-momentum": Row(OptimizerSpec("sgd", lr=0.1, momentum=0.5, weight_decay=0.01), stock_sgd),
     "sgd-nesterov": Row(OptimizerSpec("sgd", lr=0.1, momentum=0.5, weight_decay=0.01, nesterov=True), stock_sgd),
+    "muon": Row(OptimizerSpec("muon", lr=0.02, momentum=0.5, nesterov=True, eps=1e-2, ns_steps=2, **ADAM), h=2e-6),
+    "muon-rms": Row(
+        OptimizerSpec("muon", lr=0.02, momentum=0.5, eps=1e-2, ns_steps=5, adjust_lr="match_rms_adamw", **ADAM), h=2e-6
+    ),
     "smooth-sign": Row(
         OptimizerSpec("smooth-sign", lr=0.02, momentum=0.5, eps=1e-2, weight_decay=0.1), plain=plain_smooth_sign
     ),

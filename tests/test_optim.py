@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from builders import make_examples, make_target
-from optimizers_table import OPTIMIZERS
+from optimizers_table import OPTIMIZERS, SIZE, Row, ranges
 from torch import Tensor
 
 from dpg_cli.engine.inner.optimizers import (
@@ -18,6 +18,7 @@ from dpg_cli.engine.inner.optimizers import (
     State,
     adjoint,
     base,
+    by_matrix,
     elasticity,
     initial_state,
     registered,
@@ -30,7 +31,6 @@ from dpg_cli.engine.reverse.reference import STEPS
 from dpg_cli.evidence.stock import fine_tune
 from dpg_cli.settings.config import InnerConfig
 
-SIZE = 50
 EVERY = pytest.mark.parametrize("name", OPTIMIZERS)
 AT = pytest.mark.parametrize("step", [0, 5])
 
@@ -96,11 +96,11 @@ def test_adjoint_equals_finite_differences(name: str, step: int) -> None:
     spec = OPTIMIZERS[name].spec
     state, grad, after = point(spec)
     way, way_grad = like_of(spec, draw(21), draw(22), draw(23)), draw(24)
-    grad_bar, before = adjoint(spec, after, state, grad, step)
+    grad_bar, before = adjoint(spec, after, state, grad, step, rates=ranges(spec))
 
     def value(h: float) -> float:
         moved = State(*(a + h * b for a, b in zip(state, way, strict=True)))
-        return inner(after, update(spec, moved, grad + h * way_grad, step))
+        return inner(after, update(spec, moved, grad + h * way_grad, step, rates=ranges(spec)))
 
     h = OPTIMIZERS[name].h
     a, b, c, d = (value(k * h) for k in (-2, -1, 1, 2))
@@ -109,17 +109,39 @@ def test_adjoint_equals_finite_differences(name: str, step: int) -> None:
     assert inner(before, way) + float(grad_bar @ way_grad) == pytest.approx(expected, rel=1e-7)
 
 
+def plain_step(row: Row, step: int, state: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """A step as plain PyTorch, matrix by matrix where the optimiser goes by them; what it has no v for keeps a v of 0."""
+    spec, take, start = row.spec, row.plain or STEPS[row.spec.name], 0
+    if not by_matrix(spec):
+        theta, moments = take(spec, step, state[0], grad, tuple(state[1:]))
+        return theta, *moments
+    parts = []
+    for rate in ranges(spec) or ():
+        form = rate.matrix or (rate.stop - start,)
+        theta, m, v, g = (vector[start : rate.stop].view(form) for vector in (*state, grad))
+        if rate.matrix:
+            theta, (m,) = take(spec, step, theta, g, (m,))
+            v = torch.zeros_like(v)
+        else:
+            theta, (m, v) = STEPS["adamw"](spec, step, theta, g, (m, v))
+        parts.append([vector.reshape(-1) for vector in (theta, m, v)])
+        start = rate.stop
+    return tuple(torch.cat(vectors) for vectors in zip(*parts, strict=True))
+
+
 @EVERY
 @AT
 def test_adjoint_equals_autograd(name: str, step: int) -> None:
     row = OPTIMIZERS[name]
     state, grad, after = point(row.spec)
     leaves = [vector.clone().requires_grad_() for vector in (*state, grad) if len(vector)]
-    theta, *moments, gradient = leaves
-    theta_new, new = (row.plain or STEPS[row.spec.name])(row.spec, step, theta, gradient, tuple(moments))
-    out = [vector for vector in after if len(vector)]
-    expected = torch.autograd.grad((theta_new, *new), leaves, out, materialize_grads=True)
-    grad_bar, before = adjoint(row.spec, after, state, grad, step)
+    new = plain_step(row, step, leaves[:-1], leaves[-1])
+    moved = update(row.spec, state, grad, step, rates=ranges(row.spec))
+    for mine, theirs in zip((vector for vector in moved if len(vector)), new, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-14)
+    bars = [bar for bar in after if len(bar)]
+    expected = torch.autograd.grad(new, leaves, bars, materialize_grads=True)
+    grad_bar, before = adjoint(row.spec, after, state, grad, step, rates=ranges(row.spec))
     got = [vector for vector in (*before, grad_bar) if len(vector)]
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
@@ -129,7 +151,8 @@ def test_adjoint_equals_autograd(name: str, step: int) -> None:
 def test_what_the_adjoint_may_write_over(name: str) -> None:
     spec = OPTIMIZERS[name].spec
     state, grad, after = point(spec)
-    expected_grad, expected = adjoint(spec, after, state, grad, 3)
+    rates = ranges(spec)
+    expected_grad, expected = adjoint(spec, after, state, grad, 3, rates=rates)
     again = point(spec)
     kept = zip((*state, grad, *after), (*again[0], again[1], *again[2]), strict=True)
     assert all(torch.equal(a, b) for a, b in kept)
@@ -139,12 +162,12 @@ def test_what_the_adjoint_may_write_over(name: str) -> None:
         state, grad, after = point(spec)
         if options.get("first"):  # m̄' and v̄' of a last step are one number, expanded
             after = State(after.theta, *(v.new_zeros(1).expand_as(v) for v in after[1:]))
-            expected_first = adjoint(spec, after, state, grad, 3, first=True)
-            got = adjoint(spec, after, state, grad, 3, **options)
+            expected_first = adjoint(spec, after, state, grad, 3, rates=rates, first=True)
+            got = adjoint(spec, after, state, grad, 3, rates=rates, **options)
             assert torch.equal(got[0], expected_first[0])
             assert [len(vector) for vector in got[1]] == [0, 0, 0]
             continue
-        grad_bar, before = adjoint(spec, after, state, grad, 3, **options)
+        grad_bar, before = adjoint(spec, after, state, grad, 3, rates=rates, **options)
         assert torch.equal(grad_bar, expected_grad)
         assert all(torch.equal(a, b) for a, b in zip(before, expected, strict=True))
         assert torch.equal(state.theta, draw(1))
@@ -157,6 +180,9 @@ def test_rates_of_ranges(name: str) -> None:
     """Ranges with their own rate and decay step as if each were alone; a rate of 0 moves nothing."""
     spec = OPTIMIZERS[name].spec
     rates = (Rate(20, 0.3, 0.0), Rate(21, 0.0, 0.2), Rate(SIZE, 0.02, 0.05))
+    if matrices := ranges(spec):
+        own = ((0.3, 0.0), (0.0, 0.2), (0.02, 0.05), (0.1, 0.1))
+        rates = tuple(rate._replace(lr=lr, weight_decay=w) for rate, (lr, w) in zip(matrices, own, strict=True))
     state, grad, after = point(spec)
     moved = update(spec, state, grad, 2, rates=rates)
     grad_bar, before = adjoint(spec, after, state, grad, 2, rates=rates)
@@ -165,15 +191,16 @@ def test_rates_of_ranges(name: str) -> None:
         span = slice(start, rate.stop)
         own = replace(spec, lr=rate.lr or 1.0, weight_decay=rate.weight_decay)
         mine = [*moved.part(span), grad_bar[span], *before.part(span)]
-        if rate.lr:
-            alone = update(own, state.part(span), grad[span], 2)
-            alone_bar, alone_before = adjoint(own, after.part(span), state.part(span), grad[span], 2)
+        if rate.lr and by_matrix(spec) == (rate.matrix is not None):
+            only = (rate._replace(stop=rate.stop - start),)
+            alone = update(own, state.part(span), grad[span], 2, rates=only)
+            alone_bar, alone_before = adjoint(own, after.part(span), state.part(span), grad[span], 2, rates=only)
             for a, b in zip(mine, (*alone, alone_bar, *alone_before), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
-        else:
+        elif not rate.lr:
             assert torch.equal(moved.theta[span], state.theta[span])
         start = rate.stop
-    with pytest.raises(ValueError, match="end at 21"):
+    with pytest.raises(ValueError, match=r"end at (21|32), the vectors at 50"):
         update(spec, state, grad, 2, rates=rates[:2])
 
 
@@ -182,11 +209,14 @@ def test_rates_of_ranges(name: str) -> None:
 def test_zero_gradients_move_nothing_and_have_finite_adjoints(name: str, eps: float) -> None:
     spec = replace(OPTIMIZERS[name].spec, eps=eps, eps_root=0.0, weight_decay=0.0)
     state, grad = initial_state(spec, draw(1)), draw(2)
-    grad[::2] = 0
-    after = update(spec, state, grad, 0)
-    assert torch.equal(after.theta[::2], state.theta[::2])
-    assert bool((after.theta[1::2] != state.theta[1::2]).all())
-    grad_bar, before = adjoint(spec, like_of(spec, draw(5), draw(6), draw(7)), state, grad, 0)
+    still = torch.arange(SIZE) % 2 == 0
+    if by_matrix(spec):  # whole matrices
+        still = torch.arange(SIZE) < 32
+    grad[still] = 0
+    after = update(spec, state, grad, 0, rates=ranges(spec))
+    assert torch.equal(after.theta != state.theta, ~still)
+    bar = like_of(spec, draw(5), draw(6), draw(7))
+    grad_bar, before = adjoint(spec, bar, state, grad, 0, rates=ranges(spec))
     assert all(bool(torch.isfinite(vector).all()) for vector in (grad_bar, *before))
 
 
@@ -210,9 +240,12 @@ def test_elasticity_equals_differences(name: str) -> None:
     def log_step(factor: float) -> Tensor:
         return update(spec, initial_state(spec, zero), grad * factor, 0).theta.abs().log()
 
+    found = elasticity(spec, grad)
+    if by_matrix(spec):
+        assert bool((found == 1).all())
+        return
     h = 1e-4
     expected = (log_step(1 + h) - log_step(1 - h)) / math.log((1 + h) / (1 - h))
-    found = elasticity(spec, grad)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     assert float(elasticity(spec, zero[:1])) == 1.0
 
@@ -247,10 +280,15 @@ def test_impossible_settings_are_refused() -> None:
     for wrong in ({"lr": 0.0}, {"beta1": 1.0}, {"eps": -1e-8}, {"momentum": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             OptimizerSpec(**wrong)
-    with pytest.raises(ValueError, match=r"unknown inner optimiser 'lion'; there are 'adam', 'adamw', 'sgd' and"):
+    with pytest.raises(
+        ValueError, match=r"unknown inner optimiser 'lion'; there are 'adam', 'adamw', 'muon', 'sgd' and"
+    ):
         OptimizerSpec("lion")
     with pytest.raises(ValueError, match="nesterov needs a momentum"):
         OptimizerSpec("sgd", nesterov=True)
+    for wrong in ({"nesterov": True}, {"adjust_lr": "other"}, {"ns_steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            OptimizerSpec("muon", **wrong)
     for name in ("adam", "adamw"):
-        with pytest.raises(ValueError, match="nesterov is a setting of 'sgd'"):
+        with pytest.raises(ValueError, match="nesterov is a setting of 'muon' and 'sgd'"):
             OptimizerSpec(name, nesterov=True)

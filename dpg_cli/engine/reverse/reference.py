@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, hidden_matrices
 from dpg_cli.engine.inner.target import Normalization
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.metrics.base import TargetMetric
@@ -56,7 +56,20 @@ def sgd(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Mo
     return theta - spec.lr * (decayed + spec.momentum * b if spec.nesterov else b), (b,)
 
 
-STEPS: dict[str, PlainStep] = {"adam": adam, "adamw": adamw, "sgd": sgd}
+def muon(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    """`torch.optim.Muon` of a matrix, without its rounding to bfloat16."""
+    (m,) = moments or (torch.zeros_like(theta),)
+    m = spec.momentum * m + (1 - spec.momentum) * grad
+    update = (1 - spec.momentum) * grad + spec.momentum * m if spec.nesterov else m
+    x = update / update.square().sum().clamp(min=1e-30).sqrt().clamp(min=1e-7)
+    for _ in range(spec.ns_steps):  # singular values towards 1
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    rows, columns = theta.shape
+    ratio = 0.2 * max(rows, columns) ** 0.5 if spec.adjust_lr == "match_rms_adamw" else max(1, rows / columns) ** 0.5
+    return theta - spec.lr * (ratio * x + spec.weight_decay * theta), (m,)
+
+
+STEPS: dict[str, PlainStep] = {"adam": adam, "adamw": adamw, "muon": muon, "sgd": sgd}
 
 
 def reference_metagradient(
@@ -88,6 +101,7 @@ def reference_metagradient(
         Φ, its measures, τ for each example and token, and θ_T.
     """
     take = step or STEPS[optimizer.name]
+    matrices = hidden_matrices(model)
     training = model.training
     model.eval()
     theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
@@ -108,7 +122,8 @@ def reference_metagradient(
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
         gradients.append(grads)
         for name, grad in zip(list(theta), grads, strict=True):
-            theta[name], moments[name] = take(optimizer, t, theta[name], grad, moments[name])
+            own = adamw if optimizer.name == "muon" and name not in matrices else take
+            theta[name], moments[name] = own(optimizer, t, theta[name], grad, moments[name])
     value = metric(theta, model)
     (tau,) = torch.autograd.grad(value, w)
 

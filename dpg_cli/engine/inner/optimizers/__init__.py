@@ -13,6 +13,7 @@ from dpg_cli.engine.inner.optimizers.base import (
     State,
     adjoint,
     blocks,
+    by_matrix,
     elasticity,
     initial_state,
     no_vector,
@@ -22,10 +23,13 @@ from dpg_cli.engine.inner.optimizers.base import (
     update,
 )
 from dpg_cli.engine.inner.optimizers.elementwise import Elementwise
+from dpg_cli.engine.inner.optimizers.matrices import hidden_matrices
+from dpg_cli.engine.inner.optimizers.muon import Muon
 from dpg_cli.engine.inner.optimizers.sgd import SGD
 
 register("adam", Adam())
 register("adamw", AdamW())
+register("muon", Muon())
 register("sgd", SGD())
 
 __all__ = [
@@ -37,7 +41,9 @@ __all__ = [
     "State",
     "adjoint",
     "blocks",
+    "by_matrix",
     "elasticity",
+    "hidden_matrices",
     "initial_state",
     "no_vector",
     "register",

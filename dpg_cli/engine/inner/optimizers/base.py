@@ -22,14 +22,18 @@ class OptimizerSpec:
     """An inner optimiser.
 
     Attributes:
-        name: one of `registered()`: "adam", "adamw", "sgd".
+        name: one of `registered()`: "adam", "adamw", "muon", "sgd".
         lr: learning rate, > 0.
-        beta1, beta2: Adam's and AdamW's decay rates, in [0, 1).
+        beta1, beta2: Adam's and AdamW's decay rates, in [0, 1). Muon moves what is no hidden matrix by AdamW.
         eps: added to the root, outside it; eps_root: inside it. Both ≥ 0. Larger than |g| (eps_root: than g²), they
             make the update nearly linear in g (metasmooth); far smaller, it is nearly sign(g) and metagradients vanish.
-        weight_decay: λ, decoupled for AdamW, coupled for Adam and SGD.
-        momentum: μ, SGD only.
-        nesterov: look ahead along the momentum, SGD only.
+        weight_decay: λ, decoupled for AdamW and Muon, coupled for Adam and SGD.
+        momentum: μ, SGD and Muon only.
+        nesterov: look ahead along the momentum, SGD and Muon only.
+        ns_steps: Newton-Schulz steps of Muon.
+        adjust_lr: how Muon's rate depends on a matrix's shape: "original" or "match_rms_adamw", as torch.optim.Muon.
+        ns_bf16: round within Muon's Newton-Schulz steps to bfloat16, as torch.optim.Muon does; the derivative is that of
+            the steps without rounding.
     """
 
     name: str = "adamw"
@@ -41,12 +45,15 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     momentum: float = 0.0
     nesterov: bool = False
+    ns_steps: int = 5
+    adjust_lr: str = "original"
+    ns_bf16: bool = False
 
     @classmethod
     def of(cls, settings: Any) -> OptimizerSpec:
-        """Of settings with the same names (`optimizer` for the name), such as the `[inner]` of a run."""
-        own = {field.name: getattr(settings, field.name) for field in fields(cls) if field.name != "name"}
-        return cls(settings.optimizer, **own)
+        """Of settings with the same names (`optimizer` for the name), such as `[inner]` of a run; the rest by default."""
+        own = {name: getattr(settings, name) for field in fields(cls) if hasattr(settings, name := field.name)}
+        return cls(**{**own, "name": settings.optimizer})
 
     def __post_init__(self) -> None:
         if self.name not in _REGISTER:
@@ -82,11 +89,13 @@ class Rate(NamedTuple):
         stop: where the range ends; it begins where the one before it ends.
         lr: the step's learning rate, ≥ 0 (a schedule may begin or end at 0).
         weight_decay: λ.
+        matrix: shape of the one hidden matrix that the range is, for an optimiser that treats those as such (`by_matrix`).
     """
 
     stop: int
     lr: float
     weight_decay: float
+    matrix: tuple[int, int] | None = None
 
 
 Rates = tuple[Rate, ...]
@@ -98,7 +107,13 @@ def uniform(spec: OptimizerSpec, size: int) -> Rates:
 
 
 class Optimizer(Protocol):
-    """What an optimiser gives. It keeps nothing between calls; see the functions of the same names for the arguments."""
+    """What an optimiser gives. It keeps nothing between calls; see the functions of the same names for the arguments.
+
+    Attributes:
+        by_matrix: it treats hidden matrices (`matrices.py`) as such: each is a range of its own, with its shape.
+    """
+
+    by_matrix: bool
 
     def check(self, spec: OptimizerSpec) -> None:
         """Refuse settings that make no sense for it.
@@ -142,6 +157,11 @@ _REGISTER: dict[str, Optimizer] = {}
 def register(name: str, optimizer: Optimizer) -> None:
     """Make an optimiser known by a name."""
     _REGISTER[name] = optimizer
+
+
+def by_matrix(spec: OptimizerSpec) -> bool:
+    """Whether `rates` must make each hidden matrix a range of its own, with its shape."""
+    return _REGISTER[spec.name].by_matrix
 
 
 def registered() -> list[str]:
@@ -247,13 +267,14 @@ def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def spans(rates: Rates, like: Tensor) -> Iterator[tuple[Rate, slice]]:
-    """The blocks of a vector as slices, each within one range, with the range's rate.
+    """The blocks of a vector as slices, each within one range, with the range's rate. A matrix is one block.
 
     Raises:
         ValueError: if the ranges do not cover the vector.
     """
-    size, start = block_size(like), 0
+    start = 0
     for rate in rates:
+        size = block_size(like) if rate.matrix is None else max(1, rate.stop - start)
         for begin in range(start, rate.stop, size):
             yield rate, slice(begin, min(begin + size, rate.stop))
         start = rate.stop

@@ -17,7 +17,6 @@ from dpg_cli.engine.inner.optimizers.base import (
     Rate,
     Rates,
     State,
-    block_size,
     no_vector,
     spans,
     writable,
@@ -28,11 +27,12 @@ class Elementwise(ABC):
     """An optimiser with `vectors` vectors of its own, m or m and v. It says what a step does within a block, and its reverse."""
 
     vectors: ClassVar[int]
+    by_matrix = False
 
     def check(self, spec: OptimizerSpec) -> None:
         """See `Optimizer`."""
         if spec.nesterov:
-            raise ValueError(f"nesterov is a setting of 'sgd', not of {spec.name!r}")
+            raise ValueError(f"nesterov is a setting of 'muon' and 'sgd', not of {spec.name!r}")
 
     @abstractmethod
     def forward(self, spec: OptimizerSpec, step: int, rate: Rate, before: State, grad: Tensor, after: State) -> None:
@@ -67,7 +67,9 @@ class Elementwise(ABC):
     def update(self, spec: OptimizerSpec, state: State, grad: Tensor, step: int, *, rates: Rates, last: bool) -> State:
         """See `Optimizer`."""
         nothing = grad.new_empty(0)
-        size = min(block_size(grad), len(grad)) if last else len(grad)  # of m and v, which no one wants after the last
+        size = len(grad)
+        if last:  # no one wants m and v: one block of each, to be written over
+            size = max((span.stop - span.start for _, span in spans(rates, grad)), default=0)
         m, v = torch.empty_like(grad[:size]), torch.empty_like(grad[:size]) if self.vectors > 1 else nothing
         after = State(torch.empty_like(grad), m, v)
         for rate, span in spans(rates, grad):
