@@ -9,8 +9,18 @@ from optimizers_table import SIZE, ranges
 from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec
-from dpg_cli.engine.inner.optimizers import State, adjoint, hidden_matrices, initial_state, update
+from dpg_cli.engine.inner.optimizers import (
+    Rate,
+    Rates,
+    State,
+    adjoint,
+    hidden_matrices,
+    initial_state,
+    ranges_of,
+    update,
+)
 from dpg_cli.engine.inner.optimizers.muon import orthogonal
+from dpg_cli.engine.params import ParameterSpace
 
 SETTINGS = {
     "nesterov": OptimizerSpec("muon", lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, ns_bf16=True),
@@ -101,3 +111,26 @@ def test_embeddings_and_heads_are_not_its_matrices() -> None:
     frozen = make_target("llama", tied=False)
     frozen.model.layers[0].requires_grad_(False)
     assert len(hidden_matrices(frozen)) == 7
+
+
+def test_ranges_are_as_few_as_there_can_be() -> None:
+    model = make_target("gpt2", tied=False)
+    space, spec = ParameterSpace(model), OptimizerSpec(lr=0.1, weight_decay=0.2)
+    assert ranges_of(spec, space, model) == (Rate(space.size, 0.1, 0.2),)
+    own = {name: (0.1, 0.0) for name in space.names if name.endswith("bias")}
+    some = ranges_of(spec, space, model, own)
+    assert len(some) < len(space.names)
+    by_name = dict(zip(space.names, spread(some, space), strict=True))
+    assert all((rate.weight_decay == 0) == name.endswith("bias") for name, rate in by_name.items())
+
+    muon = ranges_of(SETTINGS["plain"], space, model)
+    by_name = dict(zip(space.names, spread(muon, space), strict=True))
+    assert {name for name, rate in by_name.items() if rate.matrix} == hidden_matrices(model)
+    assert by_name["transformer.h.0.mlp.c_fc.weight"].matrix == (16, 64)
+    assert muon[-1].stop == space.size
+
+
+def spread(rates: Rates, space: ParameterSpace) -> list[Rate]:
+    """The rate of each parameter."""
+    ends = torch.tensor([rate.stop for rate in rates])
+    return [rates[int(place)] for place in torch.searchsorted(ends, torch.tensor(space.sizes).cumsum(0))]

@@ -174,6 +174,12 @@ def test_what_the_adjoint_may_write_over(name: str) -> None:
         assert (grad_bar is into) == ("grad_into" in options)
         assert torch.equal(grad, draw(4)) == ("grad_into" in options)
 
+    state, grad, after = point(spec)  # ḡ in the place of m
+    grad_bar, before = adjoint(spec, after, state, grad, 3, rates=rates, consume=True, grad_into=state.m)
+    assert grad_bar is state.m
+    assert torch.equal(grad_bar, expected_grad)
+    assert all(torch.equal(a, b) for a, b in zip(before, expected, strict=True))
+
 
 @EVERY
 def test_rates_of_ranges(name: str) -> None:

@@ -23,8 +23,8 @@ from dpg_cli.engine.inner.optimizers.base import (
     update,
 )
 from dpg_cli.engine.inner.optimizers.elementwise import Elementwise
-from dpg_cli.engine.inner.optimizers.matrices import hidden_matrices
 from dpg_cli.engine.inner.optimizers.muon import Muon
+from dpg_cli.engine.inner.optimizers.ranges import hidden_matrices, ranges_of
 from dpg_cli.engine.inner.optimizers.sgd import SGD
 
 register("adam", Adam())
@@ -46,6 +46,7 @@ __all__ = [
     "hidden_matrices",
     "initial_state",
     "no_vector",
+    "ranges_of",
     "register",
     "registered",
     "uniform",

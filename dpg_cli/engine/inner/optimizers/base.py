@@ -110,7 +110,7 @@ class Optimizer(Protocol):
     """What an optimiser gives. It keeps nothing between calls; see the functions of the same names for the arguments.
 
     Attributes:
-        by_matrix: it treats hidden matrices (`matrices.py`) as such: each is a range of its own, with its shape.
+        by_matrix: it treats hidden matrices (`ranges.py`) as such: each is a range of its own, with its shape.
     """
 
     by_matrix: bool

@@ -52,8 +52,8 @@ class Elementwise(ABC):
     ) -> None:
         """Write ḡ, and the direct parts of the state's adjoints, if `before_bar` asks for them.
 
-        `grad_bar` may be the memory of `grad`, and each vector of `before_bar` that of `after_bar`'s or `before`'s own
-        (but θ): what is read must be read before it is written.
+        `grad_bar` may be the memory of `grad` or of `before.m`, and each vector of `before_bar` that of `after_bar`'s or
+        `before`'s own (but θ): what is read must be read before it is written.
         """
 
     @abstractmethod
