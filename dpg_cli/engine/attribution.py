@@ -105,8 +105,7 @@ def split(count: int, group_size: int, runs: int, cross_group: bool) -> list[Ten
 
 def take(examples: Examples, rows: Tensor) -> Examples:
     """The examples of an index, at the width of the whole batch (the `example` normaliser counts it)."""
-    rows = rows.to(examples.ids_N_S.device)
-    return Examples(examples.ids_N_S[rows], examples.attention_N_S[rows], examples.label_N_S[rows])
+    return examples.take(rows)
 
 
 @torch.no_grad()
