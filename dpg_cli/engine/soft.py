@@ -119,6 +119,10 @@ class HeadLabels:
         row = torch.div(places_M, self.width, rounding_mode="floor")
         return row, places_M - row * self.width - self.offset
 
+    def hidden(self, places_M: Tensor) -> Tensor:
+        """The hidden states that predict places of the flat (N · S) axis, (M, D)."""
+        return self.hidden_N_K_D[self.columns(places_M)]
+
     @torch.no_grad()
     def at(self, places_M: Tensor) -> Tensor:
         """See `SoftLabels`."""
