@@ -12,20 +12,17 @@ from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec, metagradient
 from dpg_cli.engine.generator.fisher import TokenFisher, conjugate_gradients
-from dpg_cli.engine.generator.natural import (
+from dpg_cli.engine.generator.head_policy import (
     DrawnCredit,
     HeadChange,
     LabelGradient,
-    NaturalPolicy,
-    NaturalSpec,
-    advantage_gradient,
-    direction,
+    add_advantages,
     divergence,
     divergence_gradient,
-    spread,
     with_bias,
     with_ones,
 )
+from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec, direction, spread
 from dpg_cli.engine.inner import head as head_module
 from dpg_cli.engine.inner.head import Head
 from dpg_cli.engine.records import Credit, Rollout
@@ -180,7 +177,8 @@ def test_advantages_give_the_gradient_of_log_probabilities(bias: bool) -> None:
     logits = (labels.hidden_N_K_D @ weight.mT + offset) / 1.3
     chosen = torch.log_softmax(logits, -1).gather(-1, rollout.ids_N_K[..., None])[..., 0]
     (chosen * advantage * rollout.mask_N_K).sum().backward()
-    found = advantage_gradient(labels, rollout, Credit(advantage))
+    found = LabelGradient.like(labels).total
+    add_advantages(found, labels, rollout, Credit(advantage))
     reference = with_bias(weight.grad, offset.grad if bias else None)  # type: ignore[arg-type]
     assert relative(found, reference) < 1e-12
 
