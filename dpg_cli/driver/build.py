@@ -275,6 +275,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         max_length=inner.max_length,
         attribution=attribution_spec(config),
         labels=inner.labels,
+        dataset=config.dataset.examples,
     )
 
 

@@ -28,8 +28,9 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization
+from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Credit, Metagradient, Rollout
+from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.loading import LanguageModel
@@ -56,6 +57,7 @@ class LoopSpec:
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
         attribution: metagradient, or a control.
         labels: what the inner run trains on: the "drawn" tokens, or the expectation over labels, "soft".
+        dataset: examples of the final dataset, whose noise a metric may ask about.
     """
 
     steps: int
@@ -76,6 +78,7 @@ class LoopSpec:
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     labels: str = "drawn"
+    dataset: int = 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -175,6 +178,7 @@ def attribute(
         examples = replace(examples, soft=soft, drawn=spec.labels == "drawn")
         if spec.labels == "soft" and spec.credit != "expected":
             drawn = DrawnCredit(labels.weight.new_zeros(rollout.ids_N_K.shape))
+    tell_noise(players, spec, examples)
     result = attribute_examples(
         players.target.model,
         examples,
@@ -198,6 +202,16 @@ def attribute(
         return result, at_first_token(result.example_N, rollout.mask_N_K), None
     token_N_K, label_N_K_V = reading.to_completions(result)
     return result, token_N_K if drawn is None else players.ranks.sum_(drawn.token_N_K), label_N_K_V
+
+
+def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
+    """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
+    metric = players.metric
+    if spec.dataset and isinstance(metric, HearsNoise) and len(examples) <= spec.inner_batch:
+        moments = head_moments(players.target.model, examples, metric.window)
+        if moments is not None:
+            tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
+            metric.hear(weight_noise(moments, spec.optimizer, tokens))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:

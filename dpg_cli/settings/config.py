@@ -315,6 +315,11 @@ class Config(Section):
                 "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
                 "models.redraw_target = false, or trainer = 'dpg'"
             )
+        if getattr(self.metric, "margin", 0) and self.inner_steps > 1:
+            raise ValueError(
+                f"metric.margin: the noise of a change is known for one inner step, and this run has {self.inner_steps}; set "
+                f"inner.batch_size to at least {self.examples_per_step}, or metric.margin = 0"
+            )
         faults = _policy_faults(self)
         if faults:
             raise ValueError(faults)
