@@ -69,7 +69,7 @@ def draw(
 def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
     """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
     batch = -(-len(rollout) // inner_steps)
-    shared = replace(spec, inner_batch=batch, credit="sequence", attribution=AttributionSpec())
+    shared = replace(spec, inner_batch=batch, credit="sequence", attribution=AttributionSpec(), labels="drawn")
     result, token_N_K, _ = attribute(
         players, shared, rollout
     )  # whatever trained the generator, its data has metagradients

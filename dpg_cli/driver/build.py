@@ -13,6 +13,9 @@ from dpg_cli.data.prompts import PromptSampler, load_prompts
 from dpg_cli.driver.trl_needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
+from dpg_cli.engine.generator.contexts import standard_head
+from dpg_cli.engine.generator.head_policy import HeadChange
+from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
@@ -29,7 +32,7 @@ from dpg_cli.models.loading import (
     same_tokenizer,
 )
 from dpg_cli.rewards import build_text_reward
-from dpg_cli.settings.config import Config
+from dpg_cli.settings.config import Config, ModelsConfig
 from dpg_cli.tiny import world
 
 COMPARED = 64  # texts on which tokenisers are compared
@@ -70,20 +73,18 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
-    generator = load_generator(config.models, device)
+    generator = load_generator(generator_models(config), device)
     metric = build_metric(config.metric, target, named_metric)
     asked = config.prompts
     form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
     check_tokenizers(config, generator, target)
     check_lengths(config, generator, target, prompts, form)
-    optimizer = torch.optim.AdamW(
-        generator.model.parameters(),
-        lr=config.policy.lr,
-        betas=(config.policy.beta1, config.policy.beta2),
-        eps=config.policy.eps,
-        weight_decay=config.policy.weight_decay,
-    )
-    reference = load_generator(config.models, device).model.requires_grad_(False) if config.policy.kl > 0 else None
+    if config.inner.labels == "soft":
+        standard_head(generator.model, generator.name)
+    optimizer, natural = policy_of(config, generator)
+    reference = None
+    if config.policy.kl > 0 and natural is None:
+        reference = load_generator(config.models, device).model.requires_grad_(False)
     players = Players(
         generator=generator,
         target=target,
@@ -95,18 +96,62 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
         text_reward=build_text_reward(config, device),
         redraw=partial(redraw_target, target, config.models) if config.models.redraw_target else None,
         ranks=ranks,
+        natural=natural,
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
     return Built(players, loop_spec(config, generator, form), sampler, device, compared)
 
 
+def generator_models(config: Config) -> ModelsConfig:
+    """The models' settings, with the generator's head its own where it alone is trained."""
+    alone = config.policy.parameters == "head"
+    return config.models.model_copy(update={"untie_generator": config.models.untie_generator or alone})
+
+
+def policy_of(config: Config, generator: LanguageModel) -> tuple[torch.optim.AdamW | None, NaturalPolicy | None]:
+    """The optimiser of the generator's parameters, or its natural steps; parameters that stay as they are get no gradient.
+
+    Raises:
+        UsageError: if a natural step is asked for and the generator has no standard LM head.
+    """
+    policy = config.policy
+    if policy.parameters == "head":
+        layer = generator.model.get_output_embeddings()
+        generator.model.requires_grad_(False)
+        layer.requires_grad_(True)
+    if policy.step == "natural":
+        spec = NaturalSpec(
+            trust=policy.trust,
+            kl_budget=policy.kl_budget,
+            kl=policy.kl,
+            damping=policy.damping,
+            iterations=policy.cg_iterations,
+            tokens=policy.fisher_tokens,
+        )
+        return None, NaturalPolicy(HeadChange(standard_head(generator.model, generator.name)), spec)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in generator.model.parameters() if parameter.requires_grad],
+        lr=policy.lr,
+        betas=(policy.beta1, policy.beta2),
+        eps=policy.eps,
+        weight_decay=policy.weight_decay,
+    )
+    return optimizer, None
+
+
 def check_tokenizers(config: Config, generator: LanguageModel, target: LanguageModel) -> None:
-    """Refuse credit that needs one tokeniser where there are two.
+    """Refuse credit and labels that need one tokeniser where there are two.
 
     Raises:
         UsageError: naming both models.
     """
+    if config.inner.labels == "soft" and not same_tokenizer(generator, target):
+        raise UsageError(
+            f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers, "
+            "and soft labels need one: the target cannot be trained on the generator's distributions.",
+            "--set inner.labels=drawn, or take two models of one family.",
+        )
     if config.credit.mode == "expected" and not same_tokenizer(generator, target):
         raise UsageError(
             f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers, "
@@ -222,6 +267,8 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         precision=inner.precision,
         max_length=inner.max_length,
         attribution=attribution_spec(config),
+        labels=inner.labels,
+        dataset=config.dataset.examples,
     )
 
 

@@ -252,7 +252,7 @@ def train(
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.begin = time.perf_counter()
 
-    optimizer = players.policy_optimizer
+    optimizer = players.policy
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.lr_at(step // per) / spec.lr)
     _, checkpoint = newest_step(folder, config)
     form = spec.sampling.prompts or PromptFormat(players.generator.tokenizer)

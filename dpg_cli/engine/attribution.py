@@ -26,6 +26,7 @@ from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
@@ -105,8 +106,7 @@ def split(count: int, group_size: int, runs: int, cross_group: bool) -> list[Ten
 
 def take(examples: Examples, rows: Tensor) -> Examples:
     """The examples of an index, at the width of the whole batch (the `example` normaliser counts it)."""
-    rows = rows.to(examples.ids_N_S.device)
-    return Examples(examples.ids_N_S[rows], examples.attention_N_S[rows], examples.label_N_S[rows])
+    return examples.take(rows)
 
 
 @torch.no_grad()
@@ -166,6 +166,7 @@ def attribute_examples(
     group_size: int,
     labels: bool = False,
     text_reward_N: Tensor | None = None,
+    sink: LabelSink | None = None,
 ) -> Metagradient:
     """Reward N examples by the method of `spec`.
 
@@ -178,6 +179,7 @@ def attribute_examples(
         group_size: G.
         labels: also the credit of every label; only where tokens have values.
         text_reward_N: the rewards of method "text".
+        sink: is given the credits of labels, where the examples have distributions and tokens have values.
 
     Returns:
         Φ, measures and θ_T of one run on all examples by the configured optimiser, and the rewards: of tokens for
@@ -187,7 +189,7 @@ def attribute_examples(
         DegenerateError: if anything becomes non-finite.
     """
     if spec.method == "metagradient" and spec.runs == 1:
-        return _metagradient(model, examples, metric, inner, labels)
+        return _metagradient(model, examples, metric, inner, labels, sink)
     whole = effect(model, examples, metric, inner)
     if spec.method == "text":
         if text_reward_N is None:
@@ -211,7 +213,7 @@ def attribute_examples(
         if not lr > 0:
             raise DegenerateError("The inner run has no gradient, so SGD has no matching learning rate.", "")
         inner = replace(inner, optimizer=OptimizerSpec("sgd", lr=lr))
-    results = [_metagradient(model, take(examples, rows), metric, inner, labels) for rows in parts]
+    results = [_metagradient(model, take(examples, rows), metric, inner, labels, sink) for rows in parts]
     stats = {**results[0].stats, **_spread(results)} | ({"sgd_lr": lr} if spec.method == "sgd" else {})
     return replace(
         whole,
@@ -225,7 +227,12 @@ def attribute_examples(
 
 
 def _metagradient(
-    model: nn.Module, examples: Examples, metric: TargetMetric, inner: InnerSettings, labels: bool
+    model: nn.Module,
+    examples: Examples,
+    metric: TargetMetric,
+    inner: InnerSettings,
+    labels: bool,
+    sink: LabelSink | None,
 ) -> Metagradient:
     """The metagradient of one inner run."""
     return metagradient(
@@ -240,6 +247,7 @@ def _metagradient(
         memory=inner.memory,
         precision=inner.precision,
         ranks=inner.ranks,
+        sink=sink,
     )
 
 

@@ -132,6 +132,8 @@ class Watch:
         optimizer: the inner optimiser.
         labels: credit `expected`, which learns from labels that were not sampled too.
         across: what rewards are compared with, "group" or "batch".
+        soft: the inner run trains on the expectation over labels: a target that starts as the generator does then has no
+            gradient at first, and nothing moves.
         alike, still: outer steps in a row with equal rewards, and with a Φ that did not move.
         alive: Φ of the first outer steps whose rewards differed.
     """
@@ -141,6 +143,7 @@ class Watch:
     optimizer: OptimizerSpec
     labels: bool = False
     across: str = "group"
+    soft: bool = False
     alike: int = 0
     still: int = 0
     alive: list[float] = field(default_factory=list)
@@ -212,7 +215,7 @@ class Watch:
     def _nothing_moved(self, changed: Callable[[], float]) -> DegenerateError | None:
         """The error for a metric that has not moved, once that is certain."""
         lr = self.optimizer.lr
-        if changed() < MOVED:
+        if not self.soft and changed() < MOVED:
             return DegenerateError(
                 f"Nothing moved: the inner run left the target's weights as they were (Φ stays at {self.start:.6g}).",
                 f"Raise inner.lr: at {lr:g} its updates vanish in the rounding of the weights.",

@@ -18,15 +18,20 @@ from torch import Tensor, nn
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, at_first_token, attribute_examples
 from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
 from dpg_cli.engine.generator.align import completion_texts, read_completions
+from dpg_cli.engine.generator.contexts import contexts, standard_head
 from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, add_advantages
+from dpg_cli.engine.generator.natural import NaturalPolicy
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization
+from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Metagradient, Rollout
+from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
+from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.loading import LanguageModel
 
@@ -51,6 +56,8 @@ class LoopSpec:
         kl_decay: share of the steps, at the end, over which the KL coefficient falls to (almost) zero.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
         attribution: metagradient, or a control.
+        labels: what the inner run trains on: the "drawn" tokens, or the expectation over labels, "soft".
+        dataset: examples of the final dataset, whose noise a metric may ask about.
     """
 
     steps: int
@@ -70,6 +77,8 @@ class LoopSpec:
     precision: Precision = "float32"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
+    labels: str = "drawn"
+    dataset: int = 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -88,7 +97,9 @@ class LoopSpec:
 
 @dataclass
 class Players:
-    """What changes during a run and what it acts upon. Only `generator`, `policy_optimizer` and the RNGs change.
+    """What changes during a run and what it acts upon. Only `generator`, its policy and the RNGs change.
+
+    The policy is an optimiser of the generator's parameters, or `natural` steps.
 
     `text_reward` gives the rewards of texts, (N,), where the attribution's method is "text". `redraw` gives the target
     the weights of an outer step, where each step has a blank target of its own; a pure function of the step. `ranks` are
@@ -98,13 +109,21 @@ class Players:
     generator: LanguageModel
     target: LanguageModel
     metric: TargetMetric
-    policy_optimizer: torch.optim.Optimizer
+    policy_optimizer: torch.optim.Optimizer | None
     rng: torch.Generator
     order_rng: torch.Generator
     reference: nn.Module | None = None
     text_reward: Callable[[list[str]], Tensor] | None = None
     redraw: Callable[[int], None] | None = None
     ranks: Ranks = ALONE
+    natural: NaturalPolicy | None = None
+
+    @property
+    def policy(self) -> torch.optim.Optimizer:
+        """The optimiser, where there is one."""
+        if self.policy_optimizer is None:
+            raise ValueError("a generator under natural steps has no optimiser")
+        return self.policy_optimizer
 
 
 @dataclass(frozen=True)
@@ -126,12 +145,43 @@ class StepReport:
     warning: str = ""
 
 
-def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metagradient, Tensor, Tensor | None]:
-    """Inner run and rewards of a rollout: the result, and τ aligned with the generator's tokens."""
+def labels_of(players: Players, spec: LoopSpec, rollout: Rollout) -> HeadLabels:
+    """The distributions that a rollout was drawn from."""
+    model = players.generator.model
+    head = standard_head(model, players.generator.name)
+    return contexts(model, head, rollout, spec.sampling, spec.policy.micro_batch, players.ranks)
+
+
+def attribute(
+    players: Players,
+    spec: LoopSpec,
+    rollout: Rollout,
+    labels: HeadLabels | None = None,
+    sink: LabelGradient | None = None,
+) -> tuple[Metagradient, Tensor, Tensor | None]:
+    """Inner run and rewards of a rollout.
+
+    Args:
+        labels: the distributions that it was drawn from, where they are known; made where they are needed.
+        sink: takes the credits of labels, which are then not returned; needs `labels`.
+
+    Returns:
+        The result; τ aligned with the generator's tokens, of the token that was drawn unless credit is "expected" (where the
+        labels' credits hold what that token was worth); and τ of every label, or None.
+    """
     reading = read_completions(rollout, players.generator, players.target, spec.max_length)
+    examples, drawn = reading.examples, None
+    if labels is None and spec.labels == "soft":
+        labels = labels_of(players, spec, rollout)
+    if labels is not None:
+        soft = replace(labels, offset=reading.offset, width=examples.ids_N_S.shape[1])
+        examples = replace(examples, soft=soft, drawn=spec.labels == "drawn")
+        if spec.labels == "soft" and spec.credit != "expected":
+            drawn = DrawnCredit(labels.weight.new_zeros(rollout.ids_N_K.shape))
+    tell_noise(players, spec, examples)
     result = attribute_examples(
         players.target.model,
-        reading.examples,
+        examples,
         players.metric,
         spec.attribution,
         InnerSettings(
@@ -144,12 +194,24 @@ def attribute(players: Players, spec: LoopSpec, rollout: Rollout) -> tuple[Metag
             players.ranks,
         ),
         group_size=rollout.group_size,
-        labels=spec.credit == "expected",
+        labels=spec.credit == "expected" and sink is None,
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
+        sink=sink or drawn,
     )
     if spec.attribution.per_example:
         return result, at_first_token(result.example_N, rollout.mask_N_K), None
-    return result, *reading.to_completions(result)
+    token_N_K, label_N_K_V = reading.to_completions(result)
+    return result, token_N_K if drawn is None else players.ranks.sum_(drawn.token_N_K), label_N_K_V
+
+
+def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
+    """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
+    metric = players.metric
+    if spec.dataset and isinstance(metric, HearsNoise) and len(examples) <= spec.inner_batch:
+        moments = head_moments(players.target.model, examples, metric.window)
+        if moments is not None:
+            tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
+            metric.hear(weight_noise(moments, spec.optimizer, tokens))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
@@ -159,6 +221,29 @@ def text_rewards(players: Players, rollout: Rollout) -> Tensor:
     lengths = rollout.mask_N_K.sum(1).tolist()
     rows = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
     return players.text_reward(completion_texts(players.generator.tokenizer, rows))
+
+
+def improve(
+    players: Players,
+    spec: LoopSpec,
+    step: int,
+    rollout: Rollout,
+    credit: Credit,
+    labels: HeadLabels | None,
+    sink: LabelGradient | None,
+    phi: float,
+) -> dict[str, float]:
+    """The policy step of an outer step, and its figures."""
+    if players.natural is not None and labels is not None:
+        total = (LabelGradient.like(labels) if sink is None else sink).total
+        add_advantages(total, labels, rollout, credit, players.ranks)
+        return players.natural.step(labels, rollout.mask_N_K, players.ranks.sum_(total), phi)
+    for group in players.policy.param_groups:
+        group["lr"] = spec.lr_at(step)
+    return policy_step(
+        players.generator.model, players.policy, rollout, credit, spec.policy_at(step), players.order_rng,
+        players.reference, players.ranks,
+    )  # fmt: skip
 
 
 def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) -> StepReport:
@@ -172,20 +257,18 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     rollout = sample(generator.model, generator.tokenizer, prompts, spec.sampling, players.rng, ranks=players.ranks)
     clock.append(time.perf_counter())
 
-    result, token_N_K, label_N_K_V = attribute(players, spec, rollout)
-    refuse_dead_reward(result, spec.attribution.per_example)
+    natural = players.natural is not None
+    labels = labels_of(players, spec, rollout) if natural or spec.labels == "soft" else None
+    sink = LabelGradient.like(labels) if natural and labels is not None and spec.credit == "expected" else None
+    result, token_N_K, label_N_K_V = attribute(players, spec, rollout, labels, sink)
+    refuse_dead_reward(result, spec.attribution.per_example or spec.labels == "soft")
     credit = assign(
         spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size,
-        discount=spec.discount, across=spec.attribution.across,
+        discount=spec.discount, across=spec.attribution.across, normalize=not natural, elsewhere=sink is not None,
     )  # fmt: skip
     clock.append(time.perf_counter())
 
-    for group in players.policy_optimizer.param_groups:
-        group["lr"] = spec.lr_at(step)
-    policy = policy_step(
-        generator.model, players.policy_optimizer, rollout, credit, spec.policy_at(step), players.order_rng, players.reference,
-        players.ranks,
-    )  # fmt: skip
+    policy = improve(players, spec, step, rollout, credit, labels, sink, result.value)
     clock.append(time.perf_counter())
 
     tokens = int(rollout.mask_N_K.sum())
@@ -240,6 +323,7 @@ def train(
         optimizer=spec.optimizer,
         labels=spec.credit == "expected",
         across=spec.attribution.across,
+        soft=spec.labels == "soft",
     )
     watch.replay(history)
     for step in range(start, spec.steps):

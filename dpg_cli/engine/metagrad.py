@@ -27,6 +27,7 @@ from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.reverse.walk import reverse
+from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
@@ -72,6 +73,7 @@ def metagradient(
     precision: Precision = "float32",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    sink: LabelSink | None = None,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
@@ -91,6 +93,7 @@ def metagradient(
             relative error of the token credits at the first inner step.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
+        sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
 
     Returns:
         Φ, its measures, τ for each example and token, and θ_T.
@@ -125,7 +128,9 @@ def metagradient(
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
         value, theta_bar = metric_gradient(run, trace.theta, metric)
-        token_N_S, label_N_S_V, stats = reverse(run, trace, examples, optimizer, weights, theta_bar, labels, progress)
+        token_N_S, label_N_S_V, stats = reverse(
+            run, trace, examples, optimizer, weights, theta_bar, labels, progress, sink
+        )
         final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
         return Metagradient(
             value=value,

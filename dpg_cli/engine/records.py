@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dpg_cli.engine.soft import SoftLabels
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -20,11 +22,15 @@ class Examples:
         ids_N_S: token ids, int64; anything where padded.
         attention_N_S: True on real tokens, bool.
         label_N_S: True on tokens whose loss is trained, bool. Column 0 has no prediction and must be False.
+        soft: distributions that the trained tokens were drawn from, or None.
+        drawn: train on the drawn tokens all the same; `soft` then only tells what else could have stood there.
     """
 
     ids_N_S: Tensor
     attention_N_S: Tensor
     label_N_S: Tensor
+    soft: SoftLabels | None = None
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         if not self.ids_N_S.shape == self.attention_N_S.shape == self.label_N_S.shape or self.ids_N_S.ndim != 2:
@@ -45,12 +51,25 @@ class Examples:
         attention = self.attention_N_S[start:stop]
         longest = max(1, int(attention.any(0).nonzero().max()) + 1) if attention.any() else 1
         return Examples(
-            self.ids_N_S[start:stop, :longest], attention[:, :longest], self.label_N_S[start:stop, :longest]
+            self.ids_N_S[start:stop, :longest],
+            attention[:, :longest],
+            self.label_N_S[start:stop, :longest],
+            None if self.soft is None else self.soft.rows(start, stop, longest),
+            self.drawn,
         )
+
+    def take(self, index_N: Tensor) -> Examples:
+        """The rows of an index, at the width of all of them."""
+        index = index_N.to(self.ids_N_S.device)
+        soft = None if self.soft is None else self.soft.take(index)
+        return Examples(self.ids_N_S[index], self.attention_N_S[index], self.label_N_S[index], soft, self.drawn)
 
     def to(self, device: torch.device | str) -> Examples:
         """The same examples on another device."""
-        return Examples(self.ids_N_S.to(device), self.attention_N_S.to(device), self.label_N_S.to(device))
+        soft = None if self.soft is None else self.soft.to(device)
+        return Examples(
+            self.ids_N_S.to(device), self.attention_N_S.to(device), self.label_N_S.to(device), soft, self.drawn
+        )
 
     @classmethod
     def from_sequences(cls, sequences: list[list[int]], *, pad_id: int = 0, prefix: int = 1) -> Examples:

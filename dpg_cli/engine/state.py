@@ -1,4 +1,6 @@
-"""Everything that outer steps change, as named tensors: the generator, its optimiser's moments, and the RNGs.
+"""Everything that outer steps change, as named tensors: the generator, its policy's state, and the RNGs.
+
+An optimiser has moments, natural steps a trust region and Φ before the last step.
 
 The target and its optimiser start afresh at every outer step, so they have no state between two of them.
 """
@@ -13,6 +15,7 @@ from dpg_cli.engine.loop import Players
 State = dict[str, dict[str, Tensor]]  # part -> name -> tensor
 PartLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; its step counter is a float32 scalar
+NATURAL = ("trust", "phi")  # of natural steps, float64 scalars
 
 
 def trained(players: Players) -> dict[str, nn.Parameter]:
@@ -24,16 +27,18 @@ def capture(players: Players) -> State:
     """The state between two outer steps.
 
     Returns:
-        Parts "generator" (parameters), "optimizer" (step and moments of each parameter; zeros where it has none yet)
-        and "rng" (uint8 states of sampling, of the order of mini-batches, and of torch's own generators). Tensors are
-        views where that is possible: use or copy them before the next outer step.
+        Parts "generator" (parameters), "optimizer" (step and moments of each parameter, zeros where it has none yet; or the
+        trust region and Φ of natural steps) and "rng" (uint8 states of sampling, of the order of mini-batches, and of torch's
+        own generators). Tensors are views where that is possible: use or copy them before the next outer step.
     """
     optimizer: dict[str, Tensor] = {}
-    for name, parameter in trained(players).items():
-        known = players.policy_optimizer.state.get(parameter, {})
+    for name, parameter in trained(players).items() if players.natural is None else ():
+        known = players.policy.state.get(parameter, {})
         optimizer[f"step/{name}"] = known.get("step", torch.zeros(()))
         for moment in MOMENTS:
             optimizer[f"{moment}/{name}"] = known.get(moment, torch.zeros_like(parameter)).detach()
+    if players.natural is not None:
+        optimizer = {name: torch.tensor(getattr(players.natural, name), dtype=torch.float64) for name in NATURAL}
     return {
         "generator": {name: parameter.detach() for name, parameter in trained(players).items()},
         "optimizer": optimizer,
@@ -47,8 +52,11 @@ def layout(players: Players) -> dict[str, PartLayout]:
     shapes: PartLayout = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
     moments: PartLayout = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in shapes.items()}
     steps: PartLayout = {f"step/{name}": ((), torch.float32) for name in shapes}
+    optimizer = steps | moments
+    if players.natural is not None:
+        optimizer = dict.fromkeys(NATURAL, ((), torch.float64))
     rng: PartLayout = {name: (tuple(state.shape), state.dtype) for name, state in _rng_states(players).items()}
-    return {"generator": shapes, "optimizer": steps | moments, "rng": rng}
+    return {"generator": shapes, "optimizer": optimizer, "rng": rng}
 
 
 def check(players: Players, state: State) -> None:
@@ -59,8 +67,10 @@ def check(players: Players, state: State) -> None:
     """
     for part in ("generator", "optimizer"):
         for name, tensor in state[part].items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(tensor).all() and not (name == "phi" and tensor.isnan()):  # nan: no step yet
                 raise ValueError(f"{name} is not finite")
+            if name == "trust" and not tensor > 0:
+                raise ValueError("the trust region is not positive")
             if name.startswith(("step/", "exp_avg_sq/")) and bool((tensor < 0).any()):
                 raise ValueError(f"{name} is negative")
     for name, tensor in state["rng"].items():
@@ -76,10 +86,14 @@ def restore(players: Players, state: State) -> None:
     """Put players into a captured state, which `check` has passed."""
     for name, parameter in trained(players).items():
         parameter.copy_(state["generator"][name])
-        players.policy_optimizer.state[parameter] = {
-            "step": state["optimizer"][f"step/{name}"].clone(),
-            **{m: state["optimizer"][f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS},
-        }
+        if players.natural is None:
+            players.policy.state[parameter] = {
+                "step": state["optimizer"][f"step/{name}"].clone(),
+                **{m: state["optimizer"][f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS},
+            }
+    if players.natural is not None:
+        for name in NATURAL:
+            setattr(players.natural, name, float(state["optimizer"][name]))
     _set_rng_states(players, state["rng"])
 
 
@@ -94,10 +108,16 @@ def follow_first(players: Players) -> None:
         return
     for parameter in trained(players).values():
         ranks.copy_from_first_(parameter)
-        known = players.policy_optimizer.state[parameter]
+        if players.natural is not None:
+            continue
+        known = players.policy.state[parameter]
         ranks.copy_from_first_(known.setdefault("step", torch.zeros(())))
         for moment in MOMENTS:
             ranks.copy_from_first_(known.setdefault(moment, torch.zeros_like(parameter)))
+    if players.natural is not None:
+        for name in NATURAL:
+            number = torch.tensor(getattr(players.natural, name), dtype=torch.float64)
+            setattr(players.natural, name, float(ranks.copy_from_first_(number)))
     rng = {name: ranks.copy_from_first_(state) for name, state in _rng_states(players).items()}
     _set_rng_states(players, rng)
 

@@ -1,4 +1,8 @@
-"""A pattern in the LM head: Φ = -mean softplus(-s · Y ⊙ (W_T - W_0)) over a patch (paper, QR and 67 experiments)."""
+"""A pattern in the LM head: Φ = -mean softplus(-s · Y ⊙ (W_T - W_0)) over a patch (paper, QR and 67 experiments).
+
+With a margin the change is counted in its own standard errors at the size of the final dataset, z = Y ⊙ (W_T - W_0) / σ:
+Φ = -mean softplus(s · (margin - z)). Pixels whose z is beyond the margin stop pulling, and those that noise would turn pull most.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,33 @@ from dpg_cli.metrics.head import head_name
 from dpg_cli.patterns.pattern import Pattern, check_fits, decode_qr
 from dpg_cli.patterns.render import render_patch
 
+RIGHT = 0.9999  # share of pixels, on average, for which examples are counted
+
+
+def predictions(scores: Tensor) -> dict[str, float]:
+    """What the z of the pixels say of a dataset of the size that their noise is of.
+
+    Returns:
+        Mean and least z; the mean share of right pixels, `predicted_accuracy`; and how many times as large a dataset would
+        have to be for `RIGHT` of them, `examples_factor`, left out where no size would do.
+    """
+    found = {
+        "z_mean": float(scores.mean()),
+        "z_least": float(scores.min()),
+        "predicted_accuracy": float(torch.special.ndtr(scores).mean()),
+    }
+
+    def right(factor: float) -> float:
+        return float(torch.special.ndtr(scores * factor**0.5).mean())
+
+    low, high = 1e-6, 1e6
+    if right(high) < RIGHT:
+        return found
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if right(middle) >= RIGHT else (middle, high)
+    return found | {"examples_factor": high}
+
 
 class PatternMetric:
     """Φ of a sign pattern Y at a place in the LM head.
@@ -23,15 +54,21 @@ class PatternMetric:
         pattern: Y, shape (R, C), entries -1 and +1.
         sharpness: s, per unit of head change. Pixels with s·|ΔW| ≫ 1 that are right stop pulling.
         origin: row and column of the patch's upper-left corner.
+        margin: in standard errors; 0 leaves noise out of Φ. With it, s is per standard error.
 
     Raises:
         UsageError: if the pattern leaves the head.
 
-    Φ = -ln 2 means that nothing moved; 0 is the supremum.
+    Without a margin, Φ = -ln 2 means that nothing moved; 0 is the supremum.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pattern: Pattern, sharpness: float = 20.0, origin: tuple[int, int] = (0, 0)
+        self,
+        model: PreTrainedModel,
+        pattern: Pattern,
+        sharpness: float = 20.0,
+        origin: tuple[int, int] = (0, 0),
+        margin: float = 0.0,
     ):
         self.head = head_name(model)
         self.pattern = pattern
@@ -39,6 +76,8 @@ class PatternMetric:
         check_fits(pattern, weight.shape[0], weight.shape[1], origin)
         self.signs = torch.tensor(pattern.signs, dtype=weight.dtype, device=weight.device)
         self.sharpness = sharpness
+        self.margin = margin
+        self.noise: Tensor | None = None
         rows, columns = self.signs.shape
         self.window = (slice(origin[0], origin[0] + rows), slice(origin[1], origin[1] + columns))
         self.before = weight.detach()[self.window].clone()
@@ -46,20 +85,40 @@ class PatternMetric:
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
         """Φ; see the class."""
         change = parameters[self.head][self.window] - self.before
-        return -softplus(-self.sharpness * self.signs * change).mean()
+        if not self.margin:
+            return -softplus(-self.sharpness * self.signs * change).mean()
+        noise = torch.ones_like(change) if self.noise is None else self.noise.to(change)
+        if self.noise is None and bool((change != 0).any()):
+            raise RuntimeError("a pattern with a margin must hear the noise of its patch first")
+        return -softplus(self.sharpness * (self.margin - self.signs * change / noise)).mean()
+
+    def hear(self, noise_R_C: Tensor) -> None:
+        """Take in the standard error of each weight's change at the final dataset's size."""
+        floor = torch.finfo(noise_R_C.dtype).eps * float(noise_R_C.max())
+        self.noise = noise_R_C.clamp_min(floor or torch.finfo(noise_R_C.dtype).tiny)
+
+    def scores(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """z of each pixel, (R, C), float64: positive where it is right; None where the noise is not known."""
+        if self.noise is None:
+            return None
+        return (self.signs * self.change(parameters)).double() / self.noise.double()
 
     def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """W_T - W_0 over the patch, detached."""
         return parameters[self.head].detach()[self.window] - self.before
 
     def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
-        """Pixel accuracy (share of signs equal to Y), mean |ΔW| over the patch, and s · median |ΔW|."""
+        """Pixel accuracy (share of signs equal to Y), mean |ΔW| over the patch, and s · median |ΔW| or, with a margin,
+        s · median |z|; where the noise is known, z and what it predicts (`predictions`)."""
         change = self.change(parameters)
-        return {
+        found = {
             "pixel_accuracy": float((change.sign() == self.signs).double().mean()),
             "mean_change": float(change.abs().mean()),
-            "sharpness_times_change": float(change.abs().median()) * self.sharpness,
         }
+        scores = self.scores(parameters)
+        size = float(change.abs().median()) if not self.margin or scores is None else float(scores.abs().median())
+        found["sharpness_times_change"] = size * self.sharpness
+        return found if scores is None else found | predictions(scores)
 
     def describe(self) -> str:
         """What the data is for, in words."""

@@ -97,6 +97,11 @@ class RolloutConfig(Section):
 class InnerConfig(Section):
     """The inner run: ordinary supervised fine-tuning of the target on the completions."""
 
+    labels: Literal["drawn", "soft"] = Field(
+        "drawn",
+        description="soft: each position's loss is its expectation under the generator, contexts as drawn: the mean over "
+        "drawn labels without their noise. The dataset and its verification are of drawn tokens always",
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
         "adamw", description="as in torch.optim: adamw decouples the weight decay, adam and sgd add it to the gradient"
     )
@@ -166,8 +171,25 @@ class CreditConfig(Section):
 
 
 class PolicyConfig(Section):
-    """The policy-gradient step on the generator."""
+    """The policy-gradient step on the generator. `lr` to `decay` but `kl` are AdamW's; `kl_budget` to `fisher_tokens` those of
+    natural steps."""
 
+    step: Literal["adamw", "natural"] = Field(
+        "adamw", description="natural: (F + λ)⁻¹∇Φ, F the Fisher information of the generator's tokens"
+    )
+    parameters: Literal["all", "head", "lora"] = Field(
+        "all", description="head: the LM head alone moves (untied, and saved so); natural steps need it"
+    )
+    kl_budget: Positive = Field(
+        0.1, description="natural: most KL(generator || starting generator), in nats a token; kept to"
+    )
+    trust: Positive = Field(
+        1e-3,
+        description="natural: KL of the first step, in nats a token; halved when Φ falls, a tenth larger when it does not",
+    )
+    damping: NonNegative = Field(1e-3, description="natural: λ, as a share of a Kronecker product that stands near F")
+    cg_iterations: PositiveInt = Field(20, description="natural: most products with F a step")
+    fisher_tokens: PositiveInt = Field(16384, description="natural: tokens a step that F and the KL are measured on")
     lr: Positive = 1e-3
     beta1: Decay = 0.9
     beta2: Decay = 0.95
@@ -180,7 +202,10 @@ class PolicyConfig(Section):
     micro_batch: Count = Field(
         0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
     )
-    kl: NonNegative = Field(0.0, description="coefficient of KL(generator || starting generator)")
+    kl: NonNegative = Field(
+        0.0,
+        description="coefficient of KL(generator || starting generator); of natural steps in units of Φ per nat a token",
+    )
     kl_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of the steps over which kl falls to 0"
     )
@@ -299,6 +324,14 @@ class Config(Section):
                 "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
                 "models.redraw_target = false, or trainer = 'dpg'"
             )
+        if getattr(self.metric, "margin", 0) and self.inner_steps > 1:
+            raise ValueError(
+                f"metric.margin: the noise of a change is known for one inner step, and this run has {self.inner_steps}; set "
+                f"inner.batch_size to at least {self.examples_per_step}, or metric.margin = 0"
+            )
+        faults = _policy_faults(self)
+        if faults:
+            raise ValueError(faults)
         if self.rollout.min_tokens > self.rollout.max_tokens:
             raise ValueError(
                 f"rollout.min_tokens: {self.rollout.min_tokens} is more than rollout.max_tokens ({self.rollout.max_tokens})"
@@ -309,6 +342,22 @@ class Config(Section):
                 f"credit.mode = {self.credit.mode!r} needs at least 2"
             )
         return self
+
+
+def _policy_faults(config: Config) -> str:
+    """Why the policy step or the inner run's labels cannot be as asked; nothing where they can."""
+    policy, natural = config.policy, config.policy.step == "natural"
+    if policy.parameters == "lora":
+        return "policy.parameters: 'lora' is not there yet; take 'head' or 'all'"
+    if natural and policy.parameters != "head":
+        return "policy.parameters: natural steps are there for the LM head alone; set policy.parameters = 'head'"
+    if natural and policy.epochs > 1:
+        return "policy.epochs: a natural step is one step on each rollout; set policy.epochs = 1"
+    if config.trainer == "trl" and (natural or config.inner.labels == "soft" or policy.parameters == "head"):
+        what = "policy.step = 'natural'" if natural else "inner.labels = 'soft'"
+        what = what if natural or config.inner.labels == "soft" else "policy.parameters = 'head'"
+        return f"trainer: 'trl' has an optimiser of its own and a reward for each completion, and no {what}; take 'dpg'"
+    return ""
 
 
 def validate(data: dict[str, Any]) -> Config:

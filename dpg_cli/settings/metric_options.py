@@ -39,7 +39,12 @@ class PatternOptions(Section):
     rows: tuple[str, ...] = Field((), description="a bitmap drawn in text: # is +1, . is -1", strict=False)
     version: Annotated[int, Field(ge=0, le=40)] = Field(0, description="QR version; 0 takes the smallest that fits")
     error_correction: Literal["L", "M", "Q", "H"] = "L"
-    sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change")
+    sharpness: Positive = Field(20.0, description="s in Φ, per unit of head change; per standard error with a margin")
+    margin: NonNegative = Field(
+        0.0,
+        description="Φ = -mean softplus(s (margin - z)), z of a pixel in standard errors at `dataset.examples`; 0: noise is "
+        "left out of Φ. Needs one inner step",
+    )
     origin: tuple[Index, Index] = Field(
         (0, 0),
         description="row (token id) and column (hidden dimension) of the patch's upper-left corner",

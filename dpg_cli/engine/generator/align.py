@@ -122,7 +122,13 @@ def _resized(reading: Reading, length: int) -> Reading:
     def fit(tensor: Tensor, fill: int) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, extra), value=fill)  # a negative width cuts
 
-    resized = Examples(fit(examples.ids_N_S, 0), fit(examples.attention_N_S, 0), fit(examples.label_N_S, 0))
+    resized = Examples(
+        fit(examples.ids_N_S, 0),
+        fit(examples.attention_N_S, 0),
+        fit(examples.label_N_S, 0),
+        None if examples.soft is None else examples.soft.resized(length),
+        examples.drawn,
+    )
     return Reading(resized, fit(reading.place_N_S, -1), reading.width, reading.shared, reading.offset)
 
 

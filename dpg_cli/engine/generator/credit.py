@@ -56,6 +56,7 @@ def assign(
     discount: float = 1.0,
     normalize: bool = True,
     across: str = "group",
+    elsewhere: bool = False,
 ) -> Credit:
     """Turn metagradients, aligned with the generator's tokens, into advantages.
 
@@ -70,6 +71,7 @@ def assign(
             by the standard deviation of each group, as the paper does; the others by one root mean square of the batch,
             which leaves the direction of the gradient alone.
         across: "group", or "batch": `sequence` compares with the whole batch (naive attribution).
+        elsewhere: the credits of labels are taken care of elsewhere; only for "expected" without `normalize`.
 
     Returns:
         The credit. Rows whose group has no spread get zero.
@@ -88,14 +90,14 @@ def assign(
         advantage = leave_one_out(returns(token_N_K, discount), group_size) * mask_N_K
         advantage = advantage * _inverse_rms(advantage[mask_N_K]) if normalize else advantage
     elif mode == "expected":
-        if label_N_K_V is None:
+        if label_N_K_V is None and not elsewhere:
             raise ValueError("credit mode 'expected' needs the credit of every label; pass labels=True to metagradient")
         total = returns(token_N_K, discount)
         advantage = leave_one_out(total - token_N_K, group_size) * mask_N_K
         labels = label_N_K_V
         if normalize:
             scale = _inverse_rms(total[mask_N_K])
-            advantage, labels = advantage * scale, labels * scale
+            advantage, labels = advantage * scale, None if label_N_K_V is None else label_N_K_V * scale
     else:
         raise ValueError(f"unknown credit mode {mode!r}; there are {', '.join(MODES)}")
     return Credit(advantage, labels, statistics(reward_N, group_size))

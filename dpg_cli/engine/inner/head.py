@@ -5,6 +5,8 @@ For M labelled tokens with hidden states h (M, D), labels y and factors c (weigh
     z = h Wᵀ + a        p = softmax z        L = Σ c (log Σ exp z - z_y)
     h̄ = c (p - e_y) W        W̄ = (p - e_y)ᵀ (c h)        ā = Σ c (p - e_y)
 
+With soft labels a distribution q stands for e_y, and L = Σ c Σ_u q_u (log Σ exp z - z_u).
+
 Only labelled tokens have logits, and only those of a chunk of tokens exist at a time: memory does not grow with vocabulary × tokens.
 The second order is `reverse/head.py`.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpg_cli.engine.inner.product import times
+from dpg_cli.engine.soft import Rows
 
 CHUNK = 1 << 22  # logits at a time; 16 MB in float32
 CHUNK_TOKENS = 256  # but no fewer tokens at a time: below, the products with a large vocabulary's head are slow
@@ -124,6 +127,7 @@ def first_order(
     factors_M: Tensor,
     weight_into: Tensor | None,
     bias_into: Tensor | None,
+    expected: Rows | None = None,
 ) -> tuple[float, Tensor]:
     """Loss and gradient of Σ c ℓ.
 
@@ -133,6 +137,7 @@ def first_order(
         labels_M: y.
         factors_M: c.
         weight_into, bias_into: W̄ and ā are added here; None leaves them out.
+        expected: gives q of a chunk of the tokens, (m, V), in place of the labels.
 
     Returns:
         The loss, and h̄ (M, D).
@@ -142,14 +147,21 @@ def first_order(
     for part in chunks(len(labels_M), weight.shape[0]):
         hidden, labels, factors = hidden_M_D[part], labels_M[part, None], factors_M[part, None]
         logits = logits_at(hidden, weight, bias)
-        probs = torch.softmax(logits, -1)
-        chosen = probs.gather(-1, labels)
-        losses = -chosen.log()
-        if bool((chosen < tiny).any()):  # p_y underflows: take the loss from the logits
-            losses = torch.logsumexp(logits, -1, keepdim=True) - logits.gather(-1, labels)
-        total += float((losses * factors).sum())
-        del logits
-        error = probs.scatter_add_(-1, labels, -torch.ones_like(factors))
+        if expected is not None:
+            q = expected(part)
+            logs = torch.log_softmax(logits, -1)
+            total -= float(torch.linalg.vecdot(q, logs) @ factors[:, 0])
+            error = logs.exp_().sub_(q)
+            del logits, logs, q
+        else:
+            probs = torch.softmax(logits, -1)
+            chosen = probs.gather(-1, labels)
+            losses = -chosen.log()
+            if bool((chosen < tiny).any()):  # p_y underflows: take the loss from the logits
+                losses = torch.logsumexp(logits, -1, keepdim=True) - logits.gather(-1, labels)
+            total += float((losses * factors).sum())
+            del logits
+            error = probs.scatter_add_(-1, labels, -torch.ones_like(factors))
         hidden_bar[part] = times(error, weight).mul_(factors)
         if weight_into is not None:
             weight_into.addmm_(error.mT, hidden * factors)

@@ -24,6 +24,7 @@ from dpg_cli.engine.inner.remembered import Piece, Remembered
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.soft import Expected
 
 Normalization = Literal["token", "example"]
 CPU_TOKENS = 4096  # of an automatic micro-batch on the CPU: activations stay near the cores' caches
@@ -111,12 +112,19 @@ class Labelled:
         ids_M: the tokens.
         mask_M: mask / Z of each.
         weighted_M: that times the data weight of its example.
+        expected: the distributions that they were drawn from, where the examples have them.
     """
 
     before_M: Tensor
     ids_M: Tensor
     mask_M: Tensor
     weighted_M: Tensor
+    expected: Expected | None = None
+
+    @property
+    def trained(self) -> Expected | None:
+        """The distributions, where they are what is trained on."""
+        return self.expected if self.expected is not None and self.expected.train else None
 
     @classmethod
     def of(cls, piece: Examples, weights_B: Tensor, scale: float) -> Labelled:
@@ -124,7 +132,8 @@ class Labelled:
         places = piece.label_N_S.reshape(-1).nonzero()[:, 0]
         rows = torch.div(places, piece.ids_N_S.shape[1], rounding_mode="floor")
         mask = weights_B.new_full((len(places),), scale)
-        return cls(places - 1, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale)
+        expected = None if piece.soft is None else Expected(piece.soft, places, not piece.drawn)
+        return cls(places - 1, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale, expected)
 
 
 def backward(outputs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -> None:
@@ -167,6 +176,7 @@ def loss_gradient(
             loss, bar = first_order(
                 flat[tokens.before_M], weight.detach(), None if bias is None else bias.detach(), tokens.ids_M,
                 tokens.weighted_M, weight.grad, None if bias is None else bias.grad,
+                None if tokens.trained is None else tokens.trained.q,
             )  # fmt: skip
             loss_sum += loss
             if made is not None:
@@ -182,9 +192,15 @@ def _plain_gradient(
     """The same through the model's own logits."""
     with torch.enable_grad(), PlainMode(run.precision, made):
         logits = logits_of(run.model, leaves, piece)
-        labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        loss = (losses.sum(1) * weights_B).sum() * scale
+        marked = Labelled.of(piece, weights_B, scale)
+        if marked.trained is not None:
+            found = nn.functional.pad(logits, (0, 0, 0, 1)).flatten(0, 1)[marked.before_M]
+            q = marked.trained.q(slice(None))
+            loss = nn.functional.cross_entropy(found, q, reduction="none") @ marked.weighted_M
+        else:
+            labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+            loss = (losses.sum(1) * weights_B).sum() * scale
     backward([(loss, torch.ones_like(loss))], leaves)
     return float(loss.detach())
 

@@ -18,6 +18,7 @@ from dpg_cli.engine.inner.target import Labelled, TargetRun, backward, fused_act
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.dual import DualMode
 from dpg_cli.engine.reverse.head import second_order
+from dpg_cli.engine.soft import LabelSink
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def dual_pass(
     need_labels: bool,
     hvp_into: Tensor | None = None,
     remembered: Remembered | None = None,
+    sink: LabelSink | None = None,
 ) -> DualResult:
     """Token credits and the Hessian-vector product in one forward-over-reverse pass (DESIGN §2, step 4).
 
@@ -65,6 +67,7 @@ def dual_pass(
         need_labels: also keep the credit of every label.
         hvp_into: add the product here instead of to new zeros.
         remembered: what `loss_gradient` left of this batch at this θ with these weights; used up.
+        sink: is given the credits of every label chunk by chunk, where the batch has distributions (`Examples.soft`).
     """
     scale = 1.0 / run.normalizer(batch)
     hvp = None
@@ -95,11 +98,13 @@ def dual_pass(
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
         if head is None:
-            bars = _plain_second_order(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp)
+            bars = _plain_second_order(
+                primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink
+            )
         else:
             known = None if made is None else made.hidden_bar
             bars, credit_M = _head_second_order(
-                head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known
+                head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known, sink
             )
             tokens[rows, :width] = (
                 theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
@@ -122,6 +127,7 @@ def _head_second_order(
     every: Tensor | None,
     need_hvp: bool,
     known: Tensor | None,
+    sink: LabelSink | None,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """The adjoints of a piece's hidden states and tangents (`known`, or None), and the credits of its labelled tokens.
 
@@ -150,6 +156,8 @@ def _head_second_order(
         labels_into=None if every is None else every.view(-1, every.shape[-1]),
         places_M=places,
         tangent_bar=known,
+        expected=marked.expected,
+        sink=sink,
     )
     if result.hidden_bar is None or result.tangent_bar is None:
         return None, result.token_M
@@ -169,6 +177,7 @@ def _plain_second_order(
     token_to: Tensor,
     every: Tensor | None,
     need_hvp: bool,
+    sink: LabelSink | None,
 ) -> tuple[Tensor, Tensor] | None:
     """The same from the model's own logits: credits into `token_to`, and the adjoints of logits and tangents."""
     probs = torch.softmax(logits.detach(), -1)
@@ -176,12 +185,26 @@ def _plain_second_order(
     labels = piece.ids_N_S[:, 1:, None]
     flat, places = probs.new_zeros(piece.ids_N_S.numel()), marked.before_M + 1
     factor = flat.index_copy(0, places, marked.mask_M).view(piece.ids_N_S.shape)[:, 1:]
-    token_to[:, 1:] = -centred.gather(-1, labels).squeeze(-1) * factor
+    target = None  # what p is compared with, where it is a distribution
+    if marked.trained is not None:
+        width = probs.shape[-1]
+        target = probs.new_zeros(piece.ids_N_S.numel(), width).index_copy_(0, places, marked.trained.q(slice(None)))
+        target = target.view(*piece.ids_N_S.shape, width)[:, 1:]
+    found = centred.gather(-1, labels).squeeze(-1) if target is None else torch.linalg.vecdot(target, centred)
+    token_to[:, 1:] = -found * factor
     if every is not None:
         every[:, 1 : piece.ids_N_S.shape[1]] = centred.mul(-factor[..., None])
+    if sink is not None and marked.expected is not None:
+        credit = torch.nn.functional.pad(centred, (0, 0, 0, 1)).flatten(0, 1)[marked.before_M]
+        credit.mul_(-marked.mask_M[:, None])
+        q = marked.expected.q(slice(None))
+        sink.add(marked.expected.labels, marked.expected.places_M, marked.ids_M, q, credit)
     if not need_hvp:
         return None
     weighted = flat.index_copy(0, places, marked.weighted_M).view(piece.ids_N_S.shape)[:, 1:, None]
     logits_bar = centred.mul_(probs).mul_(weighted)
-    tangent_bar = probs.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probs.dtype)).mul_(weighted)
-    return logits_bar, tangent_bar
+    if target is None:
+        probs.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probs.dtype))
+    else:
+        probs.sub_(target)
+    return logits_bar, probs.mul_(weighted)

@@ -18,6 +18,7 @@ from dpg_cli.engine.inner.run import InnerRun, Progress, all_finite
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.dual_pass import dual_pass
+from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
 WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
@@ -32,6 +33,7 @@ def reverse(
     theta_bar: Tensor,
     labels: bool = False,
     progress: Progress | None = None,
+    sink: LabelSink | None = None,
 ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
     """Walk the inner run backwards from ∂Φ/∂θ_T.
 
@@ -39,6 +41,7 @@ def reverse(
         trace: the inner run; its tape is used up.
         theta_bar: ∂Φ/∂θ_T, shape (n,); used up.
         labels: also return the credit of every label.
+        sink: is given the credit of every label chunk by chunk, by each rank those of its own rows.
 
     Returns:
         τ_is, shape (N, S); τ_is(y), shape (N, S, V), or None; how far the first update is from sign(g).
@@ -78,6 +81,7 @@ def reverse(
             need_labels=labels,
             hvp_into=bar.theta if number else None,
             remembered=remembered,
+            sink=sink,
         )
         del theta, grad_bar, remembered  # before the tape makes the next state
         tokens[rows, :width] = dual.token_B_S

@@ -1,0 +1,85 @@
+"""What the generator could have written: the hidden states that completion tokens were drawn from, and its head.
+
+From these the distribution of any token is made anew in chunks, so that the N × K × V table of them never exists. They are
+computed once a rollout, without a graph; with a policy that moves the head alone they stay what they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dpg_cli.engine.generator.rollout import Sampling
+from dpg_cli.engine.inner.head import Head, find_head
+from dpg_cli.engine.inner.target import CPU_TOKENS, fused_activations
+from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.records import Rollout
+from dpg_cli.engine.soft import HeadLabels
+from dpg_cli.errors import UsageError
+
+
+def standard_head(model: nn.Module, name: str = "") -> Head:
+    """The generator's LM head.
+
+    Raises:
+        UsageError: if its logits are not one linear map of the last hidden state.
+    """
+    head = find_head(model)
+    if head is None:
+        raise UsageError(
+            f"The generator{f' {name!r}' if name else ''} scales or caps its logits, or has no standard LM head; soft labels "
+            "and natural steps need one.",
+            "Set inner.labels = 'drawn' and policy.step = 'adamw', or take another generator.",
+        )
+    return head
+
+
+def last_hidden(head: Head, rollout: Rollout) -> Tensor:
+    """The hidden states that predict the completion tokens of a rollout, (N, K, D), in one pass over prompt and completion."""
+    ids = torch.cat([rollout.prompt_ids_N_Q, rollout.ids_N_K], 1)
+    mask = torch.cat([rollout.prompt_mask_N_Q, torch.ones_like(rollout.mask_N_K)], 1)
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    output = head.base(
+        input_ids=ids[:, :-1],
+        attention_mask=None if bool(rollout.prompt_mask_N_Q.all()) else mask[:, :-1].long(),
+        position_ids=positions[:, :-1],
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, rollout.prompt_ids_N_Q.shape[1] - 1 :]
+
+
+@torch.no_grad()
+def contexts(
+    model: nn.Module, head: Head, rollout: Rollout, sampling: Sampling, micro_batch: int = 0, ranks: Ranks = ALONE
+) -> HeadLabels:
+    """The distributions that a rollout's tokens were drawn from.
+
+    Args:
+        model: the generator that drew it, unchanged since.
+        head: its head.
+        rollout: its completions.
+        sampling: how they were drawn: temperature, and where a completion cannot end yet.
+        micro_batch: completions in memory at once; 0 takes about 4,096 tokens.
+        ranks: the processes that share the completions; all get the whole.
+    """
+    device, weight = rollout.ids_N_K.device, head.layer.weight.detach()
+    columns = rollout.prompt_ids_N_Q.shape[1] + rollout.ids_N_K.shape[1]
+    own = torch.arange(len(rollout), device=device)[ranks.shard(len(rollout))]
+    training = model.training
+    model.eval()
+    with fused_activations(model):
+        parts = [
+            last_hidden(head, rollout.rows(piece)) for piece in own.split(micro_batch or max(1, CPU_TOKENS // columns))
+        ]
+    model.train(training)
+    hidden = torch.cat(parts) if len(own) else weight.new_zeros(0, rollout.ids_N_K.shape[1], weight.shape[1])
+    return HeadLabels(
+        hidden_N_K_D=ranks.gather(hidden),
+        number_N=torch.arange(len(rollout), device=device),
+        weight=weight,
+        bias=None if head.layer.bias is None else head.layer.bias.detach(),
+        temperature=sampling.temperature,
+        width=rollout.ids_N_K.shape[1],
+        ends=torch.tensor(sampling.ends(), device=device),
+        barred=sampling.min_tokens - 1,
+    )

@@ -1,0 +1,159 @@
+"""The natural policy step on the generator's LM head (DESIGN §9).
+
+    d = (F + λ K)⁻¹ ∇J,   scaled to ½ dᵀ F d = δ nats a token,   ∇J = ∇Φ - β ∇KL(π ‖ π_start)
+
+1. ∇Φ of the head's weights: of labels, Σ_s h_s Σ_y ∇π(y) τ_s(y), which a sink takes while the inner run is reversed, and of
+   sampled tokens, Σ_s A_s (e_y - q_s) h_s. Nothing is normalised: it is the derivative of Φ itself.
+2. d by conjugate gradients on products with the Fisher of the generator's tokens (`fisher.py`).
+3. δ is halved when Φ has fallen since the step before, and grows slowly otherwise. Should the step cost more than it was to,
+   being no longer small, it is shortened.
+4. KL(π ‖ π_start) a token, measured on the rollout's contexts, is kept to a budget: beyond it the whole change of the head so
+   far is scaled down, which in the metric of F is the projection onto the ball of that budget.
+
+Hidden states are those of the starting generator, always: there is no backward pass and no optimiser state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpg_cli.engine.generator.fisher import Solution, TokenFisher, conjugate_gradients, dot
+from dpg_cli.engine.generator.head_policy import HeadChange, divergence, divergence_gradient, with_ones
+from dpg_cli.engine.soft import HeadLabels
+from dpg_cli.errors import DegenerateError
+
+GROWTH, FALL = 1.1, 0.5  # of the trust region, after a step that raised Φ and after one that did not
+COSTLY = 1.5  # times δ that a step may cost before it is shortened
+CLOSE = 0.02  # of the budget, within which a scaled change ends
+
+
+@dataclass(frozen=True)
+class NaturalSpec:
+    """Settings of the natural step.
+
+    Attributes:
+        trust: δ of the first step, nats a token.
+        kl_budget: most KL(π ‖ π_start), nats a token.
+        kl: β, in units of Φ per nat a token.
+        damping: λ, without a unit.
+        iterations, tolerance: of the conjugate gradients.
+        tokens: that the Fisher and the KL are measured on, at most.
+    """
+
+    trust: float = 1e-3
+    kl_budget: float = 0.1
+    kl: float = 0.0
+    damping: float = 1e-3
+    iterations: int = 20
+    tolerance: float = 0.05
+    tokens: int = 16384
+
+
+@dataclass
+class NaturalPolicy:
+    """A generator's head under natural steps: what it is changed to, and the trust region.
+
+    Attributes:
+        change: the head, and where it began.
+        spec: settings.
+        trust: δ of the next step, nats a token.
+        phi: Φ before the last step; nan before the first.
+    """
+
+    change: HeadChange
+    spec: NaturalSpec
+    trust: float = field(init=False)
+    phi: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.trust = self.spec.trust
+
+    def seen(self, phi: float) -> float:
+        """Take in Φ of the generator as it is, and adapt δ by what the last step did to it."""
+        if not math.isnan(self.phi):
+            self.trust *= FALL if phi < self.phi else GROWTH
+        self.phi = phi
+        return self.trust
+
+    @torch.no_grad()
+    def step(self, labels: HeadLabels, mask_N_K: Tensor, gradient_V_D: Tensor, phi: float) -> dict[str, float]:
+        """One step.
+
+        Args:
+            labels: the rollout's distributions under the head as it is; their `width` is K.
+            mask_N_K: real completion tokens.
+            gradient_V_D: ∇Φ by the head, the bias as its last column; used up.
+            phi: Φ of the generator as it is.
+
+        Returns:
+            Figures for the log: δ, the step's and the whole KL in nats a token, iterations, residual, gradient norm.
+
+        Raises:
+            DegenerateError: if the gradient is not finite; the head is left as it was.
+        """
+        norm = float(gradient_V_D.norm())
+        if not math.isfinite(norm):
+            raise DegenerateError("The generator's gradient is not finite.", "Look at the rewards, or lower inner.lr.")
+        trust = self.seen(phi)
+        places = spread(mask_N_K.flatten().nonzero()[:, 0], self.spec.tokens)
+        hidden = labels.hidden(places)
+        before = labels.weight.clone(), None if labels.bias is None else labels.bias.clone()
+        if self.spec.kl > 0:
+            toward = divergence_gradient(hidden, before, self.change.start, labels.temperature)
+            gradient_V_D.add_(toward, alpha=-self.spec.kl)
+        numbers = {"grad_norm": norm, "trust": trust, "step_kl": 0.0, "iterations": 0.0, "residual": 0.0}
+        if norm > 0:
+            fisher = TokenFisher.of(
+                with_ones(hidden, labels.bias),
+                lambda part: labels.at(places[part]),
+                len(labels.weight),
+                labels.temperature,
+            )
+            found = direction(fisher, gradient_V_D, self.spec)
+            length = dot(found.x, fisher.product(found.x, gradient_V_D))
+            del fisher, gradient_V_D
+            scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
+            self.change.add(found.x, scale)
+            cost = divergence(hidden, self.change.now, before, labels.temperature)
+            if cost > COSTLY * trust:  # no longer small: shorten it
+                shorter = (trust / cost) ** 0.5
+                self.change.add(found.x, scale * (shorter - 1))
+                cost = divergence(hidden, self.change.now, before, labels.temperature)
+            numbers |= {"step_kl": cost, "iterations": float(found.iterations), "residual": found.residual}
+        numbers["kl"] = self.keep_to_budget(hidden, labels.temperature)
+        return numbers
+
+    def keep_to_budget(self, hidden_M_D: Tensor, temperature: float) -> float:
+        """Scale the change since the start down to the budget, where it is beyond; KL(π ‖ π_start) then, nats a token."""
+        budget, start = self.spec.kl_budget, self.change.start
+        kl = divergence(hidden_M_D, self.change.now, start, temperature)
+        for _ in range(20):
+            if kl <= budget:
+                break
+            self.change.shrink(((1 - CLOSE / 2) * budget / kl) ** 0.5)
+            kl = divergence(hidden_M_D, self.change.now, start, temperature)
+        return kl
+
+
+def spread(places: Tensor, most: int) -> Tensor:
+    """At most so many of some places, evenly spread over them."""
+    if len(places) <= most:
+        return places
+    index = torch.arange(most, device=places.device, dtype=torch.float64) * (len(places) / most)
+    return places[index.long()]
+
+
+def direction(fisher: TokenFisher, gradient_V_D: Tensor, spec: NaturalSpec) -> Solution:
+    """(F + λ K)⁻¹ ∇J; the gradient is used up."""
+    kronecker = fisher.kronecker()
+    return conjugate_gradients(
+        lambda vector, out: kronecker.add_product(fisher.product(vector, out), vector, spec.damping),
+        kronecker.solve,
+        gradient_V_D,
+        iterations=spec.iterations,
+        tolerance=spec.tolerance,
+    )

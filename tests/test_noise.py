@@ -1,0 +1,135 @@
+"""The noise of drawn tokens on the LM head, against drawing; and the pattern metric that counts in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from builders import VOCAB, make_examples, make_target
+from torch import nn
+
+from dpg_cli.engine import OptimizerSpec
+from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
+from dpg_cli.engine.soft import TableLabels
+from dpg_cli.metrics.pattern import PatternMetric, predictions
+from dpg_cli.patterns.pattern import Pattern
+
+WINDOW = (slice(3, 9), slice(2, 6))
+ADAMW = OptimizerSpec("adamw", lr=2e-3, eps=1e-2)
+
+
+def world(n: int = 40):
+    """A target, sequences, and distributions that are near the target's own at each place."""
+    model = make_target("gpt2", tied=False)
+    examples = make_examples(n, longest=8, seed=1)
+    with torch.no_grad():
+        logits = model(input_ids=examples.ids_N_S).logits
+    rng = torch.Generator().manual_seed(2)
+    q = torch.softmax(torch.roll(logits, 1, 1) + 0.3 * torch.randn(logits.shape, dtype=logits.dtype, generator=rng), -1)
+    return model, replace(examples, soft=TableLabels(q))
+
+
+def test_the_noise_is_the_spread_over_drawn_labels() -> None:
+    """Gradients of the head by 4,000 draws of all labels, contexts kept: their spread and their mean."""
+    model, examples = world()
+    moments = head_moments(model, examples, WINDOW)
+    assert moments is not None
+    assert moments.tokens == int(examples.label_N_S.sum()) > 100
+    with torch.no_grad():
+        hidden = model.transformer(input_ids=examples.ids_N_S).last_hidden_state
+        p = torch.softmax(model.lm_head(hidden), -1)
+    places = examples.label_N_S.flatten().nonzero()[:, 0]
+    assert isinstance(examples.soft, TableLabels)
+    q, h, p = examples.soft.at(places), hidden.flatten(0, 1)[places - 1], p.flatten(0, 1)[places - 1]
+    rng = torch.Generator().manual_seed(3)
+    draws = torch.multinomial(q, 4000, replacement=True, generator=rng).mT  # (draws, M)
+    rows, columns = torch.arange(3, 9), WINDOW[1]
+    hits = (draws[:, :, None] == rows).double()
+    grads = torch.einsum("mr,mc->rc", p[:, rows], h[:, columns]) - torch.einsum("dmr,mc->drc", hits, h[:, columns])
+    grads = grads / len(places)
+    error = moments.error(len(places))
+    # the labels' share of the variance: what is over comes from the contexts
+    labels_only = torch.einsum("mr,mc->rc", q[:, rows] * (1 - q[:, rows]), h[:, columns].square()).sqrt() / len(places)
+    assert torch.allclose(grads.std(0), labels_only, rtol=0.06)
+    assert bool((error >= 0.98 * labels_only).all())
+    tokens = torch.einsum("mr,mc->mrc", p[:, rows] - q[:, rows], h[:, columns])
+    contexts = (tokens.square().mean(0) - tokens.mean(0).square()) / len(places)
+    assert torch.allclose(error, (labels_only.square() + contexts).sqrt(), rtol=1e-10)
+    assert torch.allclose(moments.mean_R_C, tokens.mean(0), rtol=1e-10)
+
+
+def test_drawn_tokens_stand_for_distributions_that_are_not_known() -> None:
+    model, examples = world(400)
+    known = head_moments(model, examples, WINDOW, most=10**6)
+    drawn = head_moments(model, replace(examples, soft=None), WINDOW, most=10**6)
+    one_hot = TableLabels(torch.nn.functional.one_hot(examples.ids_N_S, VOCAB).double())
+    same = head_moments(model, replace(examples, soft=one_hot), WINDOW, most=10**6)
+    assert known is not None
+    assert drawn is not None
+    assert same is not None
+    assert torch.allclose(drawn.square_R_C, same.square_R_C, rtol=1e-12)
+    assert not torch.allclose(drawn.square_R_C, known.square_R_C, rtol=0.05)
+    some = head_moments(model, examples, WINDOW, most=500)
+    assert some is not None
+    assert 400 < some.tokens <= 500
+    assert torch.allclose(some.square_R_C, known.square_R_C, rtol=0.5)
+
+
+@pytest.mark.parametrize("spec", [ADAMW, OptimizerSpec("adamw", lr=2e-3, eps=1e-8), OptimizerSpec("sgd", lr=0.3)])
+def test_the_weights_noise_keeps_the_gradients_z(spec: OptimizerSpec) -> None:
+    """ΔW / its error = -g / σ, whatever the optimiser does to g."""
+    model, examples = world()
+    moments = head_moments(model, examples, WINDOW)
+    assert moments is not None
+    noise = weight_noise(moments, spec, 5000)
+    grad = moments.mean_R_C
+    moved = -0.3 * grad if spec.name == "sgd" else -spec.lr * grad / (grad.abs() + spec.eps)
+    assert torch.allclose(moved / noise, -grad / moments.error(5000), rtol=1e-9)
+    nothing = replace(moments, mean_R_C=torch.zeros_like(grad))
+    slope = {"sgd": 0.3, "adamw": spec.lr / spec.eps}[spec.name]
+    if spec.eps != 1e-8:
+        assert torch.allclose(weight_noise(nothing, spec, 5000), slope * nothing.error(5000), rtol=1e-6)
+
+
+def make_metric(margin: float, sharpness: float = 2.0) -> PatternMetric:
+    signs = np.where(np.random.default_rng(0).random((6, 4)) < 0.5, -1.0, 1.0)
+    model = make_target("gpt2", tied=False)
+    return PatternMetric(model, Pattern(signs, "bitmap", None, "a test"), sharpness, (3, 2), margin)  # type: ignore[arg-type]
+
+
+def test_a_margin_is_counted_in_standard_errors() -> None:
+    metric = make_metric(3.0)
+    assert isinstance(metric, HearsNoise)
+    parameters = {name: value.detach().clone() for name, value in make_target("gpt2", tied=False).named_parameters()}
+    assert float(metric(parameters, nn.Module())) == pytest.approx(-math.log1p(math.exp(6.0)))
+    assert "z_mean" not in metric.measures(parameters, nn.Module())
+    noise = torch.full((6, 4), 0.01, dtype=torch.float64)
+    noise[0, 0] = 0.02
+    parameters[metric.head][3:9, 2:6] += 0.05 * metric.signs
+    with pytest.raises(RuntimeError, match="hear"):
+        metric(parameters, nn.Module())
+    metric.hear(noise)
+    by_hand = -(23 * math.log1p(math.exp(2 * (3 - 5))) + math.log1p(math.exp(2 * (3 - 2.5)))) / 24
+    assert float(metric(parameters, nn.Module())) == pytest.approx(by_hand, rel=1e-9)
+    found = metric.measures(parameters, nn.Module())
+    assert found["z_least"] == pytest.approx(2.5)
+    assert found["z_mean"] == pytest.approx((23 * 5 + 2.5) / 24)
+    assert found["sharpness_times_change"] == pytest.approx(10.0)
+    plain = make_metric(0.0)
+    plain.hear(noise)
+    assert float(plain(parameters, nn.Module())) == pytest.approx(-math.log1p(math.exp(-2 * 0.05)))
+
+
+def test_predictions_are_those_of_the_normal_distribution() -> None:
+    found = predictions(torch.full((21, 21), 2.0, dtype=torch.float64))
+    assert found["predicted_accuracy"] == pytest.approx(0.977250, abs=1e-6)
+    assert found["examples_factor"] == pytest.approx((3.719016 / 2.0) ** 2, rel=1e-4)  # ndtr(3.719016) = 0.9999
+    wrong = torch.full((21, 21), 2.0, dtype=torch.float64)
+    wrong[0, 0] = -1.0
+    found = predictions(wrong)
+    assert "examples_factor" not in found  # more examples make a wrong pixel surer, not right
+    assert found["predicted_accuracy"] == pytest.approx((440 * 0.977250 + 0.158655) / 441, abs=1e-6)
+    assert found["z_least"] == -1.0
