@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -27,27 +29,35 @@ def merge(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
     remedy = (
         "Merge it where it was trained (merge_and_unload) and name what save_pretrained writes; or name its base alone."
     )
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder.adapter))
-        wrapped = peft.PeftModel(model, config)
-        result = wrapped.load_adapter(str(folder.adapter), "default", torch_device="cpu")
-    except Exception as error:  # whatever a library raises on a file of the user's
-        raise ModelError(f"The adapter of {folder.name} cannot be loaded: {first_line(error)}.", remedy) from error
     with safe_open(folder.adapter / ADAPTER_WEIGHTS, "np") as tensors:
         names = list(tensors.keys())
-    whole = [part for part in config.modules_to_save or [] if not any(f".{part}." in name for name in names)]
-    odd = [*result.missing_keys, *whole, *result.unexpected_keys]
-    if odd:
-        lacking = "lacks" if result.missing_keys or whole else "has, for a model that knows none,"
-        raise ModelError(f"The adapter of {folder.name} does not fit its base: it {lacking} {odd[0]}.", remedy)
-    if not hasattr(wrapped.base_model, "merge_and_unload"):
-        raise ModelError(
-            f"The adapter of {folder.name} is of a kind that cannot be merged ({config.peft_type}).", remedy
-        )
-    try:
-        merged = wrapped.merge_and_unload(safe_merge=True)
-    except Exception as error:  # as above; NaN in the adapter is among it
-        raise ModelError(f"The adapter of {folder.name} cannot be merged: {first_line(error)}.", remedy) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of them is an error here
+        try:
+            config = peft.PeftConfig.from_pretrained(str(folder.adapter))
+            whole = [part for part in config.modules_to_save or [] if not any(f".{part}." in name for name in names)]
+            if whole:
+                raise ModelError(
+                    f"The adapter of {folder.name} lacks the weights of {whole[0]}, which it says it has.", remedy
+                )
+            if config.is_prompt_learning:
+                raise ModelError(
+                    f"The adapter of {folder.name} is a prompt ({config.peft_type.value}), not a change of weights.",
+                    remedy,
+                )
+            wrapped = peft.PeftModel(model, config)
+            result = wrapped.load_adapter(str(folder.adapter), "default", torch_device="cpu")
+            odd = [*result.missing_keys, *result.unexpected_keys]
+            if odd:
+                verb = "lacks" if result.missing_keys else "has, where the base knows none,"
+                raise ModelError(f"The adapter of {folder.name} does not fit its base: it {verb} {odd[0]}.", remedy)
+            merged = wrapped.merge_and_unload(safe_merge=True)  # refuses NaN
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a library raises on a file of the user's
+            raise ModelError(
+                f"The adapter of {folder.name} cannot be loaded and merged: {first_line(error)}.", remedy
+            ) from error
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
         merged.config.tie_word_embeddings = False
     return merged.requires_grad_(True)

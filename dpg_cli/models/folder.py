@@ -169,7 +169,7 @@ def _base_of(name: str, path: Path) -> Path:
     beside = path / base
     try:
         found = beside if (beside / CONFIG).is_file() else find(base)
-    except ModelError as error:
+    except Exception as error:  # also of the hub library
         raise _no_base(name, path, base) from error
     if not (found / CONFIG).is_file() or (found / ADAPTER).is_file():
         raise _no_base(name, path, base)
@@ -256,7 +256,7 @@ def _require_weights(name: str, path: Path) -> None:
                     "Take the folder from a copy.",
                 )
             seen[tensor] = file.name
-            if kind.startswith(ROUNDED) or (kind not in FLOATS and tensor.endswith(("weight", "weight_packed"))):
+            if kind not in FLOATS and (kind.startswith(ROUNDED) or tensor.endswith(("weight", "weight_packed"))):
                 raise ModelError(
                     f"The model {name!r} is quantised: {tensor} is of type {kind}, and config.json does not say how.",
                     "Name the model that it was made from.",
