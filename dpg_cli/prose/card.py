@@ -90,7 +90,7 @@ Weights, tokeniser and scripts: MIT.
 {recipe.steps:,} steps of {recipe.batch:,} tokens ({epochs:.1f} times the training text), AdamW (rate {recipe.learning_rate:g},
 betas {BETAS[0]} and {BETAS[1]}, weight decay {WEIGHT_DECAY} on matrices), {WARMUP} steps of warm-up, cosine to zero,
 gradients clipped at {CLIP:g}, seed {recipe.seed}; products in bfloat16, weights and sums in float32. It took
-{facts.minutes:.1f} minutes of one core. Rows are {ROW_LENGTHS[0]} or {ROW_LENGTHS[1]} tokens long: `<|endoftext|>`, then the text
+about {facts.minutes:.0f} minutes of one core. Rows are {ROW_LENGTHS[0]} or {ROW_LENGTHS[1]} tokens long: `<|endoftext|>`, then the text
 from the start of a verse on, verses joined by a space; `<|endoftext|>` again where the chapter ends.
 Weights are stored in float16 and load in float32.
 Made with {versions}.

@@ -67,12 +67,34 @@ def make(part: Part, parts: Sequence[Chapter], out: Path, report: Callable[[str]
     rows = Rows(training, tokenizer)
     model = part.build(tokenizer, part.recipe.seed)
     minutes = train(model, rows, part.recipe, report)
-    save(model, tokenizer, out)
     counts = Counter(rows.stream.tolist())
-    numbers = [counts[token] for token in range(len(tokenizer))]
-    (out / COUNTS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    return finish(part, parts, model, tokenizer, [counts[token] for token in range(len(tokenizer))], minutes, out)
+
+
+def finish(
+    part: Part,
+    parts: Sequence[Chapter],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    counts: list[int],
+    minutes: float,
+    out: Path,
+) -> Facts:
+    """Write a trained model, and the card with what was measured on the written one.
+
+    Args:
+        part: which of the two.
+        parts: all chapters of the text.
+        model: trained, float32; it is left in float16.
+        tokenizer: its tokeniser.
+        counts: how often the training text holds each id, (V,).
+        minutes: processor time of the training.
+        out: folder to write.
+    """
+    save(model, tokenizer, out)
+    (out / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    facts = measure(model, tokenizer, part, held_out_passages(parts, SEED), numbers, minutes)
+    facts = measure(model, tokenizer, part, held_out_passages(parts, SEED), counts, minutes)
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
     for path in out.iterdir():
         path.chmod(0o644)  # the weights are written for the owner alone, which an installed package must not keep
