@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.inner.cuts import true_derivative
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
@@ -42,7 +43,7 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     """
     flat = torch.zeros_like(theta)
     leaves = run.leaves(theta, flat)
-    with torch.enable_grad(), fused_activations(run.model):
+    with torch.enable_grad(), fused_activations(run.model), true_derivative(run.model):
         value = metric(leaves, run.model)
     if value.ndim != 0 or not torch.isfinite(value):
         raise DegenerateError(

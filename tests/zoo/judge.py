@@ -67,7 +67,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: bool = False, h: float = 1e-4) -> Verdict:
+def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: bool = False, h: float = 1e-5) -> Verdict:
     """Compare in one random direction of the data weights, or (full) in every weight.
 
     Args:

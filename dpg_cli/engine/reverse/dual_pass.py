@@ -81,7 +81,7 @@ def dual_pass(
     for rows, piece in run.pieces(batch):
         made = None if remembered is None else remembered.next()
         with (
-            torch.set_grad_enabled(need_hvp),
+            torch.enable_grad(),  # `DualMode` tells the model's own no_grad by it; without `into` no leaf asks for a graph
             forward_ad.dual_level(),
             DualMode(run.precision, made),
             fused_activations(run.model),
