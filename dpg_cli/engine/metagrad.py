@@ -18,13 +18,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.inner.cuts import true_derivative
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.inner.target import Normalization, TargetRun, fused_activations
+from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.phi import metric_gradient, metric_measures
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.reverse.walk import reverse
@@ -33,30 +33,6 @@ from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
-
-
-def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tuple[float, Tensor]:
-    """Φ and ∂Φ/∂θ at θ_T.
-
-    Raises:
-        DegenerateError: if Φ is no finite scalar, its gradient is not finite, or Φ does not depend on the parameters.
-    """
-    flat = torch.zeros_like(theta)
-    leaves = run.leaves(theta, flat)
-    with torch.enable_grad(), fused_activations(run.model), true_derivative(run.model):
-        value = metric(leaves, run.model)
-    if value.ndim != 0 or not torch.isfinite(value):
-        raise DegenerateError(
-            f"The target metric gave {value.detach().reshape(-1)[:3].tolist()} of shape {tuple(value.shape)} "
-            "where one finite scalar is needed.",
-            "Lower inner.lr, or correct the metric.",
-        )
-    if not value.requires_grad:
-        raise DegenerateError("The target metric does not depend on the target's parameters.", "Correct the metric.")
-    torch.autograd.backward(value, inputs=list(leaves.values()))
-    if not all_finite(flat):
-        raise DegenerateError("The target metric's gradient is not finite.", "Correct the metric, or lower inner.lr.")
-    return float(value.detach()), flat
 
 
 def metagradient(

@@ -6,7 +6,8 @@ whatever the architecture. Tied parameters appear once, so that tied stays tied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +62,30 @@ class ParameterSpace:
             else:
                 piece.copy_(value.reshape(-1))
         return flat
+
+
+@contextmanager
+def carrying(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the model's own parameters are these values, so that `model(...)` is the model at these weights.
+
+    Args:
+        model: any module.
+        values: by parameter name; parameters (whose gradients are then theirs) or plain tensors.
+    """
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {
+        name: value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+        for name, value in values.items()
+    }
+    places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and named.get(id(parameter)) in own:
+                places.append((module._parameters, key, parameter))
+    try:
+        for slots, key, parameter in places:
+            slots[key] = own[named[id(parameter)]]
+        yield
+    finally:
+        for slots, key, parameter in places:
+            slots[key] = parameter

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -62,17 +63,43 @@ def _whole_embedding(
     return nn.functional.embedding(ids, weight)
 
 
+_trying: ContextVar[bool] = ContextVar("trying", default=False)
+
+
 @contextmanager
-def true_derivative(model: nn.Module) -> Iterator[None]:
-    """Within this context the model and its backbone are differentiated truly, where gradients are asked for at all."""
+def trying() -> Iterator[None]:
+    """Within this context the engine itself calls a model to see what it is."""
+    token = _trying.set(True)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
+@contextmanager
+def true_derivative(model: nn.Module, carries: Callable[[], bool] = bool) -> Iterator[None]:
+    """Within this context the model and its backbone are differentiated truly, where gradients are asked for at all.
+
+    Args:
+        model: what a metric is given.
+        carries: whether the model's own parameters are just now those of θ_T, by `params.carrying`.
+
+    Raises:
+        UsageError: if the model itself is called under `no_grad` while it carries θ_T: it was once the way to θ_0.
+    """
     parts = {id(part): part for part in (model, getattr(model, "base_model", model)) if isinstance(part, nn.Module)}
 
     def whole(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            with TrueMode():
-                return forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                with TrueMode():
+                    return forward(*args, **kwargs)
+            if carries() and not _trying.get():
+                raise UsageError(
+                    "The metric calls model(...) under no_grad: the model carries the weights after fine-tuning.",
+                    "For what the untouched target gives, call it when the metric is made, and keep the result.",
+                )
+            return forward(*args, **kwargs)
 
         return call
 

@@ -43,6 +43,7 @@ class TargetRun:
         closed_head: take the LM head by closed forms where it is a standard one.
         precision: of the backbone's linear maps, see `product.py`.
         ranks: the processes that share the batches.
+        second_order: the pass that the reverse takes, see `reverse/selfcheck.py`.
         head: that head, or None.
     """
 
@@ -54,6 +55,7 @@ class TargetRun:
     closed_head: bool = True
     precision: Precision = "float32"
     ranks: Ranks = ALONE
+    second_order: Literal["dual", "double"] = "dual"
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class TargetRun:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
         if into is None:
             return self.space.views(theta)
-        leaves = {name: view.detach().requires_grad_() for name, view in self.space.views(theta).items()}
+        leaves: dict[str, Tensor] = {name: nn.Parameter(view.detach()) for name, view in self.space.views(theta).items()}
         for name, view in self.space.views(into).items():
             leaves[name].grad = view
         return leaves

@@ -98,7 +98,7 @@ def dual_pass(
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
         if head is None:
-            bars = _plain_second_order(
+            bars = from_logits(
                 primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink
             )
         else:
@@ -169,7 +169,7 @@ def _head_second_order(
 
 
 @torch.no_grad()
-def _plain_second_order(
+def from_logits(
     logits: Tensor,
     tangent: Tensor,
     piece: Examples,
