@@ -73,7 +73,8 @@ def metric_measures(run: TargetRun, theta: Tensor, metric: TargetMetric) -> dict
 def _check(value: Any) -> None:
     if not isinstance(value, Tensor):
         raise BadTypeError(
-            f"The target metric gave a {type(value).__name__}, not a tensor.", "Return the tensor itself, without float()."
+            f"The target metric gave a {type(value).__name__}, not a tensor.",
+            "Return the tensor itself, without float().",
         )
     if value.ndim != 0 or not torch.isfinite(value):
         raise DegenerateError(

@@ -45,14 +45,23 @@ def refuse_embedding(max_norm: float | None, scale_grad_by_freq: bool) -> None:
 class TrueMode(TorchFunctionMode):
     """Within this context nothing is cut: `detach`, `no_grad` and `padding_idx` leave the graph as it is."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True  # not torch's own flag, which is off within an autograd function too
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in DETACHING:
             return args[0].view_as(args[0])
         if func is torch.nn.functional.embedding:
             return _whole_embedding(*args, **kwargs)
-        if torch.is_grad_enabled() or func is SWITCH:
-            return func(*args, **kwargs)
+        if func is SWITCH:
+            self.enabled = args[0]
+        elif not self.enabled:
+            return self._whole(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _whole(self, func: Any, args: Any, kwargs: Any) -> Any:
         with torch.enable_grad():
             return func(*args, **kwargs)
 

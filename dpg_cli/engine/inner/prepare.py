@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,7 +124,9 @@ def refuse(model: nn.Module) -> None:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         for kind, reason in REFUSED.items():
             if kind in kinds:
-                raise UsageError(f"In the target, {where} is a {kind}: {reason}.", "Give the model whole and unwrapped.")
+                raise UsageError(
+                    f"In the target, {where} is a {kind}: {reason}.", "Give the model whole and unwrapped."
+                )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             refuse_embedding(module.max_norm, module.scale_grad_by_freq)
         for attribute, what in HOOKS.items():
@@ -155,10 +158,10 @@ def _refuse_parameters(model: nn.Module) -> None:
         if parameter.requires_grad and parameter.numel():
             storage = parameter.untyped_storage()
             size = parameter.element_size()
-            start = storage.data_ptr() + parameter.storage_offset() * size
-            places.append((parameter.device, start, start + parameter.numel() * size, name))
+            start = storage.data_ptr() + int(parameter.storage_offset()) * size
+            places.append((parameter.device, start, start + int(parameter.numel()) * size, name))
     places.sort(key=lambda place: (str(place[0]), place[1]))
-    for (device, _, end, first), (other, start, _, second) in zip(places, places[1:], strict=False):
+    for (device, _, end, first), (other, start, _, second) in pairwise(places):
         if device == other and start < end:
             raise UsageError(
                 f"The parameters {first!r} and {second!r} of the target share memory, but are two parameters: each would "

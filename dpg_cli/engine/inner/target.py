@@ -86,7 +86,9 @@ class TargetRun:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
         if into is None:
             return self.space.views(theta)
-        leaves: dict[str, Tensor] = {name: nn.Parameter(view.detach()) for name, view in self.space.views(theta).items()}
+        leaves: dict[str, Tensor] = {
+            name: nn.Parameter(view.detach()) for name, view in self.space.views(theta).items()
+        }
         for name, view in self.space.views(into).items():
             leaves[name].grad = view
         return leaves

@@ -46,12 +46,15 @@ class DoubleMode(TorchFunctionMode):
         self.leaves = leaves
         self.names = {id(alias): name for name, alias in aliases.items()}
         self.beside: dict[str, Tensor] = {}
+        self.enabled = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.embedding:
             return self._embedding(*args, **kwargs)
-        if func in DETACHING or (not torch.is_grad_enabled() and func is not SWITCH):
+        if func is SWITCH:
+            self.enabled = args[0]
+        elif func in DETACHING or not self.enabled:
             given = (*args, *kwargs.values())
             if any(isinstance(one, Tensor) and one.requires_grad and one.is_floating_point() for one in given):
                 raise UsageError(CUTTING, "Load a variant of the model without them.")
@@ -116,9 +119,7 @@ def double_pass(
         if need_labels and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, logits.shape[-1])
         width = piece.ids_N_S.shape[1]
-        from_logits(
-            logits, tangent, piece, marked, tokens[rows, :width], None if every is None else every[rows], False
-        )
+        from_logits(logits, tangent, piece, marked, tokens[rows, :width], None if every is None else every[rows], False)
     if hvp is not None and hvp is not hvp_into:
         run.ranks.sum_(hvp)
         hvp = hvp if hvp_into is None else hvp_into.add_(hvp)

@@ -48,10 +48,13 @@ class DualMode(TorchFunctionMode):
     def __init__(self, precision: Precision = "float32", piece: Piece | None = None) -> None:
         super().__init__()
         self.precision, self.piece = precision, piece
+        self.enabled = True  # not torch's own flag, which is off within an autograd function too
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() and func is not SWITCH:
+        if func is SWITCH:
+            self.enabled = args[0]
+        elif not self.enabled:
             return self._without_gradient(func, args, kwargs)
         if func in DETACHING:
             return _cut(args[0])

@@ -53,23 +53,25 @@ class Finding:
 _known: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Finding]] = WeakKeyDictionary()
 
 
-def selfcheck(run: TargetRun, theta: Tensor, examples: Examples, *, need_hvp: bool = True) -> Finding:
+def selfcheck(run: TargetRun, read: Callable[[], Tensor], examples: Examples, *, need_hvp: bool = True) -> Finding:
     """Try a micro-batch, or remember how it went with this model.
 
     Args:
         run: the target and its settings.
-        theta: θ_0, shape (n,).
+        read: gives θ_0, shape (n,).
         examples: what it is to be trained on; the first rows are taken.
         need_hvp: the run has more than one step.
 
     Raises:
         UsageError: if no pass gives the number of stock training, naming what is in the way.
     """
-    key = (theta.dtype, len(theta), need_hvp, tuple(type(module) for module in run.model.modules()))
-    known = _known.setdefault(run.model, {})
+    model = run.model
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    key = (dtype, run.space.size, need_hvp, tuple(type(module) for module in model.modules()))
+    known = _known.setdefault(model, {})
     if key not in known:
         alone = replace(run, precision="float32", micro_batch=ROWS, ranks=ALONE)
-        known[key] = _check(alone, theta, examples, need_hvp)
+        known[key] = _check(alone, read(), examples, need_hvp)
     return known[key]
 
 
@@ -80,7 +82,7 @@ def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) ->
     refuse_noncausal(run, theta, pieces[0])
     faults: list[str] = []
     for piece in pieces:
-        with unwritten(run.model, theta):
+        with Unwritten(run.model, theta):
             finding = _try(run, theta, piece, need_hvp, faults)
         if finding is not None:
             return finding
@@ -94,11 +96,9 @@ def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) ->
 def _pieces(model: nn.Module, examples: Examples) -> list[Examples]:
     """A few small pieces of the examples; every token but the first is trained, and none is an embedding's padding."""
     rows = (examples.attention_N_S.sum(1) > 1).nonzero()[:, 0][: ROWS * TRIES]
-    vocabulary = next(
-        (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), int(1e9)
-    )
-    padding = {module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)} - {None}
-    other = next((number for number in range(vocabulary) if number not in padding), 0)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    padding = {module.padding_idx for module in embeddings if module.padding_idx is not None}
+    other = next(number for number in range(len(padding) + 1) if number not in padding)
     pieces = []
     for start in range(0, len(rows), ROWS):
         ids = examples.ids_N_S[rows[start : start + ROWS], :TOKENS]
@@ -140,7 +140,7 @@ def refuse_noncausal(run: TargetRun, theta: Tensor, piece: Examples) -> None:
         )
 
 
-class unwritten:  # noqa: N801 - a context manager
+class Unwritten:
     """Within this context the model's parameters and buffers must stay as they are.
 
     Raises:
