@@ -30,6 +30,7 @@ from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.soft import LabelSink
+from dpg_cli.engine.reverse.selfcheck import selfcheck
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
@@ -127,7 +128,9 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
         run = TargetRun(
             target, space, inner.normalization, width, inner.micro_batch, precision=inner.precision, ranks=inner.ranks
         )
-        theta = space.read(target)
+        finding = selfcheck(run, aligned, need_hvp=False)
+        run = finding.apply(run)
+        theta = run.space.read(target)
         with torch.enable_grad():
             trace = inner_run(
                 run, theta, aligned, inner.optimizer, theta.new_ones(len(aligned)), inner.batch_size or len(aligned)
@@ -145,7 +148,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
             example_N=theta.new_zeros(len(examples)),
             token_N_S=theta.new_zeros(examples.ids_N_S.shape),
             label_N_S_V=None,
-            final=space.views(trace.theta),
+            final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats={"sgd_lr_matched": float((second - theta).norm()) / length if length > 0 else 0.0},
             notes=tuple(notes),

@@ -14,7 +14,6 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -99,9 +98,10 @@ def metagradient(
         run = TargetRun(
             target, space, normalization, examples.ids_N_S.shape[1], micro_batch, precision=precision, ranks=ranks
         )
-        read, batch = partial(space.read, target), batch_size or len(examples)
-        finding = selfcheck(run, read, examples, need_hvp=len(examples) > batch)
-        run = replace(run, second_order=finding.second_order)
+        batch = batch_size or len(examples)
+        finding = selfcheck(run, examples, need_hvp=len(examples) > batch)
+        run = finding.apply(run)
+        read = partial(run.space.read, target)
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
@@ -119,7 +119,7 @@ def metagradient(
             example_N=token_N_S.sum(1),
             token_N_S=given.as_given(token_N_S),
             label_N_S_V=None if label_N_S_V is None else given.as_given(label_N_S_V),
-            final={name: view.detach() for name, view in space.views(trace.theta).items()},
+            final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats=stats,
             notes=(*notes, *([finding.note] if finding.note else [])),

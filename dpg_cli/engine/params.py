@@ -12,24 +12,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.errors import BadValueError
+
 
 class ParameterSpace:
     """Names, shapes and places of a model's trainable parameters in a flat vector θ of length n.
 
     Args:
         model: any module; parameters with `requires_grad = False` stay out.
+        idle: names of others that stay out, because no gradient ever reaches them: `torch.optim` leaves these alone.
 
     Raises:
-        ValueError: if there is none, or they differ in dtype or device.
+        BadValueError: if there is none, or they differ in dtype or device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, idle: frozenset[str] = frozenset()) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in idle]
         if not named:
-            raise ValueError("the target has no trainable parameter")
+            raise BadValueError("The target has no trainable parameter.", "Set requires_grad on what is to be trained.")
         kinds = {(p.dtype, p.device) for _, p in named}
         if len(kinds) > 1:
-            raise ValueError(f"the target's parameters differ in dtype or device: {sorted(map(str, kinds))}")
+            raise BadValueError(
+                f"The target's trained parameters differ in dtype or device: {', '.join(sorted(map(str, kinds)))}.",
+                "Bring them to one dtype, on one device.",
+            )
+        self.idle = idle
         self.names = [name for name, _ in named]
         self.shapes = [p.shape for _, p in named]
         self.sizes = [p.numel() for _, p in named]
@@ -51,6 +58,14 @@ class ParameterSpace:
         """θ by parameter name, each in its own shape; views, no copies."""
         pieces = theta.split(self.sizes)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def final(self, model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+        """θ by parameter name, detached, with what no gradient reaches as it is in the model."""
+        values = {name: view.detach() for name, view in self.views(theta).items()}
+        if not self.idle:
+            return values
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return {name: values[name] if name in values else p.detach().clone() for name, p in named}
 
     def flatten(self, values: Mapping[str, Tensor] | Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Gradients (in the order of `names`, None for zero) as one (n,) vector."""

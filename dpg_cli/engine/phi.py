@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.inner.cuts import true_derivative
+from dpg_cli.engine.inner.cuts import reached_from, true_derivative
 from dpg_cli.engine.inner.run import all_finite
 from dpg_cli.engine.inner.target import TargetRun, fused_activations
 from dpg_cli.engine.params import carrying
@@ -35,8 +35,9 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     given, carried = run.leaves(theta, flat), run.leaves(theta, flat)  # one gradient, of both ways to read the weights
     with torch.enable_grad(), fused_activations(run.model), carrying(run.model, carried):
         own = next(iter(carried.values()))
+        still = {name: run.model.get_parameter(name).detach() for name in run.space.idle}
         with true_derivative(run.model, lambda: any(one is own for one in run.model.parameters())):
-            value = metric(given, run.model)
+            value = metric({**given, **still}, run.model)
     _check(value)
     if not value.requires_grad:
         raise DegenerateError("The target metric does not depend on the target's parameters.", ELSEWHERE)
@@ -44,7 +45,7 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     torch.autograd.backward(value, inputs=leaves)
     if not all_finite(flat):
         raise DegenerateError("The target metric's gradient is not finite.", "Correct the metric, or lower inner.lr.")
-    if not flat.any() and not _reaches(value, leaves):
+    if not flat.any() and not reached_from(value) & {id(leaf) for leaf in leaves}:
         raise DegenerateError("The target metric does not depend on the weights that it is given.", ELSEWHERE)
     return float(value.detach()), flat
 
@@ -56,7 +57,7 @@ def metric_value(run: TargetRun, theta: Tensor, metric: TargetMetric) -> float:
         BadTypeError: if Φ is no tensor.
         DegenerateError: if Φ is no finite scalar.
     """
-    final = run.space.views(theta)
+    final = run.space.final(run.model, theta)
     with torch.no_grad(), carrying(run.model, final):
         value = metric(final, run.model)
     _check(value)
@@ -65,7 +66,7 @@ def metric_value(run: TargetRun, theta: Tensor, metric: TargetMetric) -> float:
 
 def metric_measures(run: TargetRun, theta: Tensor, metric: TargetMetric) -> dict[str, float]:
     """The metric's readable measures at θ_T."""
-    final = {name: view.detach() for name, view in run.space.views(theta).items()}
+    final = run.space.final(run.model, theta)
     with carrying(run.model, final):
         return metric.measures(final, run.model)
 
@@ -82,17 +83,3 @@ def _check(value: Any) -> None:
             "where one finite scalar is needed.",
             "Lower inner.lr, or correct the metric.",
         )
-
-
-def _reaches(value: Tensor, leaves: list[Tensor]) -> bool:
-    """Whether the graph of a value ends in one of the leaves."""
-    wanted, seen, open_nodes = {id(leaf) for leaf in leaves}, set(), [value.grad_fn]
-    while open_nodes:
-        node: Any = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        open_nodes += [following for following, _ in node.next_functions]
-    return False

@@ -81,7 +81,7 @@ def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: boo
         ours = metagradient(
             model, examples, recipe.spec(), HeldOut(held_out), batch_size=recipe.batch, weights_N=weights
         )
-        if hasattr(model.config, "_experts_implementation_internal"):
+        if hasattr(getattr(model, "config", None), "_experts_implementation_internal"):
             model.set_experts_implementation("batched_mm")  # the default has no float64
         run = Run(model, examples, recipe, held_out)
         size = float(ours.example_N.norm())

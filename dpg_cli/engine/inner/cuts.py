@@ -124,3 +124,19 @@ def true_derivative(model: nn.Module, carries: Callable[[], bool] = bool) -> Ite
                 del part.forward
             else:
                 part.forward = own
+
+
+def reached_from(value: torch.Tensor) -> set[int]:
+    """The ids of the leaves in which the graph of a value ends."""
+    seen: set[Any] = set()
+    found: set[int] = set()
+    waiting: list[Any] = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found

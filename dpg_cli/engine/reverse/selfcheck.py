@@ -1,6 +1,8 @@
 """One small micro-batch of the real model, before the first inner step: is our number the one of its training?
 
     causal       the logits of a token must not change with the tokens after it
+    idle         parameters that are read, but that no gradient reaches (behind a `detach`), stay as they are, as
+                 `torch.optim` leaves them: no weight decay
     first order  the tangent of the loss along d, by the dual pass, must be <d, g>, with g as stock PyTorch computes it
     second       the Hessian-vector product of the dual pass must be that of a double backward
     unwritten    the forward pass must leave parameters and buffers as they are
@@ -14,14 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from dpg_cli.engine.inner.cuts import reached_from
 from dpg_cli.engine.inner.run import all_finite
 from dpg_cli.engine.inner.target import TargetRun, logits_of, loss_gradient
+from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.double_pass import double_pass
@@ -44,21 +50,29 @@ class Finding:
     Attributes:
         second_order: the pass that gives credits and Hessian-vector products.
         note: why, where it is not the dual pass; else empty.
+        idle: parameters that no gradient reaches.
     """
 
     second_order: SecondOrder = "dual"
     note: str = ""
+    idle: frozenset[str] = frozenset()
+
+    def apply(self, run: TargetRun) -> TargetRun:
+        """The run as it is to be made."""
+        if not self.idle and self.second_order == run.second_order:
+            return run
+        space = ParameterSpace(run.model, self.idle) if self.idle else run.space
+        return replace(run, space=space, second_order=self.second_order)
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Finding]] = WeakKeyDictionary()
 
 
-def selfcheck(run: TargetRun, read: Callable[[], Tensor], examples: Examples, *, need_hvp: bool = True) -> Finding:
+def selfcheck(run: TargetRun, examples: Examples, *, need_hvp: bool = True) -> Finding:
     """Try a micro-batch, or remember how it went with this model.
 
     Args:
         run: the target and its settings.
-        read: gives θ_0, shape (n,).
         examples: what it is to be trained on; the first rows are taken.
         need_hvp: the run has more than one step.
 
@@ -71,7 +85,7 @@ def selfcheck(run: TargetRun, read: Callable[[], Tensor], examples: Examples, *,
     known = _known.setdefault(model, {})
     if key not in known:
         alone = replace(run, precision="float32", micro_batch=ROWS, ranks=ALONE)
-        known[key] = _check(alone, read(), examples, need_hvp)
+        known[key] = _check(alone, run.space.read(model), examples, need_hvp)
     return known[key]
 
 
@@ -79,13 +93,16 @@ def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) ->
     pieces = _pieces(run.model, examples)
     if not pieces:
         return Finding()
-    refuse_noncausal(run, theta, pieces[0])
+    idle = look(run, theta, pieces[0])
+    if idle:
+        space = ParameterSpace(run.model, idle)
+        run, theta = replace(run, space=space), space.read(run.model)
     faults: list[str] = []
     for piece in pieces:
         with Unwritten(run.model, theta):
             finding = _try(run, theta, piece, need_hvp, faults)
         if finding is not None:
-            return finding
+            return replace(finding, idle=idle)
     raise UsageError(
         f"The metagradient of this target cannot be trusted: {faults[-1]}.",
         "A layer whose backward pass is not the derivative of its forward is the usual cause (straight-through rounding, a "
@@ -111,26 +128,52 @@ def _pieces(model: nn.Module, examples: Examples) -> list[Examples]:
     return pieces
 
 
-@torch.no_grad()
-def refuse_noncausal(run: TargetRun, theta: Tensor, piece: Examples) -> None:
-    """Refuse a model whose logits depend on later tokens, or that gives no logits for each token.
+class Touched(TorchFunctionMode):
+    """Which of some tensors are arguments of torch functions.
+
+    Args:
+        named: the tensors.
+    """
+
+    def __init__(self, named: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in named.items()}
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for given in tree_leaves((args, kwargs)):
+            name = self.names.get(id(given))
+            if name is not None:
+                self.found.add(name)
+        return func(*args, **kwargs)
+
+
+def look(run: TargetRun, theta: Tensor, piece: Examples) -> frozenset[str]:
+    """The parameters that no gradient reaches though they are read.
 
     Raises:
-        UsageError: saying which.
+        UsageError: for a model whose logits depend on later tokens, or that gives no logits for each token.
     """
-    parameters = run.space.views(theta)
     ids = piece.ids_N_S
     kind = type(run.model).__name__
-    logits = logits_of(run.model, parameters, piece)
+    leaves = run.leaves(theta, torch.zeros_like(theta))
+    touched = Touched(leaves)
+    with Unwritten(run.model, theta), torch.enable_grad(), touched:
+        logits = logits_of(run.model, leaves, piece)
     if logits.ndim != 3 or logits.shape[1] != ids.shape[1] - 1:
         raise UsageError(
             f"The target ({kind}) gives logits of shape {tuple(logits.shape)} for {tuple(ids.shape)} tokens.",
             "A causal language model gives one row of logits for each token.",
         )
+    reached = reached_from(logits)
+    idle = {name for name in touched.found if id(leaves[name]) not in reached}
+    logits = logits.detach()
     # the last real token of each row replaced: nothing before it may move
     last = (piece.attention_N_S.sum(1) - 1)[:, None]
     changed = ids.scatter(1, last, torch.where(ids.gather(1, last) == 0, 1, 0))
-    moved = logits_of(run.model, parameters, replace(piece, ids_N_S=changed))
+    with torch.no_grad():
+        moved = logits_of(run.model, run.space.views(theta), replace(piece, ids_N_S=changed))
     before = torch.arange(logits.shape[1], device=ids.device)[None] < last
     difference = (moved - logits).abs().amax(-1)[before]
     if difference.numel() and float(difference.max()) > 1e-3 * float(logits.abs().max()):
@@ -138,6 +181,7 @@ def refuse_noncausal(run: TargetRun, theta: Tensor, piece: Examples) -> None:
             f"The target ({kind}) is no causal language model: its logits depend on the tokens after them.",
             "Take a decoder, or set is_decoder = True in its configuration.",
         )
+    return frozenset(idle)
 
 
 class Unwritten:
