@@ -29,8 +29,8 @@ from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.engine.soft import LabelSink
 from dpg_cli.engine.reverse.selfcheck import selfcheck
+from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 

@@ -25,7 +25,8 @@ class HeldOut:
         self.rows = rows
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-        inputs = {"input_ids": self.rows.ids_N_S, "use_cache": False}
+        mask = self.rows.attention_N_S.to(torch.int64)
+        inputs = {"input_ids": self.rows.ids_N_S, "attention_mask": mask, "use_cache": False}
         logits = functional_call(model, dict(parameters), (), inputs).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.mT, self.rows.ids_N_S[:, 1:], reduction="none")
         mask = self.rows.label_N_S[:, 1:]

@@ -52,6 +52,9 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(kind)}
     small = {key: value for key, value in SMALL.items() if key in known}
+    if "kv_lora_rank" in known:  # multi-head latent attention: keys for every head, of which this part alone is rotated
+        small |= {"head_dim": 4, "num_key_value_heads": 2}
+        small = {key: value for key, value in small.items() if key in known}
     return kind(**(small | overrides))
 
 

@@ -26,6 +26,7 @@ from dpg_cli.engine.inner.cuts import DETACHING, SWITCH, refuse_embedding
 from dpg_cli.engine.inner.target import Labelled, TargetRun, fused_activations, logits_of
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.dual_pass import DualResult, from_logits
+from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import UsageError
 
 CUTTING = (
@@ -92,6 +93,7 @@ def double_pass(
     need_hvp: bool,
     need_labels: bool,
     hvp_into: Tensor | None = None,
+    sink: LabelSink | None = None,
 ) -> DualResult:
     """What `dual_pass` gives, by double backward; its arguments are the same.
 
@@ -110,7 +112,7 @@ def double_pass(
         mode = DoubleMode(leaves, aliases)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), fused_activations(run.model):
             with mode:
-                logits = logits_of(run.model, aliases, piece)
+                logits = logits_of(run.model, aliases, piece, run.masked)
             marked = Labelled.of(piece, weights_B[rows], scale)
             bar = _logits_bar(logits if need_hvp else logits.detach(), piece, marked)
             if not bar.requires_grad:
@@ -127,10 +129,16 @@ def double_pass(
 
 
 def _logits_bar(logits: Tensor, piece: Examples, marked: Labelled) -> Tensor:
-    """c (p - e_y), zero where no label is; differentiable by the logits."""
+    """c (p - e_y), or c (p - q) where distributions are trained on; zero where no label is; differentiable by the logits."""
+    size = logits.shape[-1]
     factor = logits.new_zeros(piece.ids_N_S.numel()).index_copy(0, marked.before_M + 1, marked.weighted_M)
-    chosen = nn.functional.one_hot(piece.ids_N_S[:, 1:].clamp(0, logits.shape[-1] - 1), logits.shape[-1])
-    return (torch.softmax(logits, -1) - chosen.to(logits)) * factor.view(piece.ids_N_S.shape)[:, 1:, None]
+    if marked.trained is None:
+        chosen = nn.functional.one_hot(piece.ids_N_S[:, 1:].clamp(0, size - 1), size).to(logits)
+    else:
+        chosen = logits.new_zeros(piece.ids_N_S.numel(), size)
+        chosen.index_copy_(0, marked.before_M + 1, marked.trained.q(slice(None)).to(logits))
+        chosen = chosen.view(*piece.ids_N_S.shape, size)[:, 1:]
+    return (torch.softmax(logits, -1) - chosen) * factor.view(piece.ids_N_S.shape)[:, 1:, None]
 
 
 def _differentiate(

@@ -87,7 +87,11 @@ def dual_pass(
             fused_activations(run.model),
         ):
             duals = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
-            output = logits_of(run.model, duals, piece) if head is None else hidden_of(head, duals, piece)
+            output = (
+                logits_of(run.model, duals, piece, run.masked)
+                if head is None
+                else hidden_of(head, duals, piece, run.masked)
+            )
             primal, tangent = forward_ad.unpack_dual(output)
             tangent = torch.zeros_like(primal) if tangent is None else tangent
             del duals, output
@@ -98,9 +102,7 @@ def dual_pass(
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
         if head is None:
-            bars = from_logits(
-                primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink
-            )
+            bars = from_logits(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink)
         else:
             known = None if made is None else made.hidden_bar
             bars, credit_M = _head_second_order(

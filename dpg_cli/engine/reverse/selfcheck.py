@@ -1,5 +1,6 @@
 """One small micro-batch of the real model, before the first inner step: is our number the one of its training?
 
+    masked       where logits change with the attention mask, though padding is on the right, it is passed on
     causal       the logits of a token must not change with the tokens after it
     idle         parameters that are read, but that no gradient reaches (behind a `detach`), stay as they are, as
                  `torch.optim` leaves them: no weight decay
@@ -51,18 +52,20 @@ class Finding:
         second_order: the pass that gives credits and Hessian-vector products.
         note: why, where it is not the dual pass; else empty.
         idle: parameters that no gradient reaches.
+        masked: the model needs the attention mask.
     """
 
     second_order: SecondOrder = "dual"
     note: str = ""
     idle: frozenset[str] = frozenset()
+    masked: bool = False
 
     def apply(self, run: TargetRun) -> TargetRun:
         """The run as it is to be made."""
-        if not self.idle and self.second_order == run.second_order:
+        if self == Finding():
             return run
         space = ParameterSpace(run.model, self.idle) if self.idle else run.space
-        return replace(run, space=space, second_order=self.second_order)
+        return replace(run, space=space, second_order=self.second_order, masked=self.masked)
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Finding]] = WeakKeyDictionary()
@@ -93,16 +96,17 @@ def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) ->
     pieces = _pieces(run.model, examples)
     if not pieces:
         return Finding()
-    idle = look(run, theta, pieces[0])
-    if idle:
-        space = ParameterSpace(run.model, idle)
-        run, theta = replace(run, space=space), space.read(run.model)
+    masked = needs_mask(run, theta, examples)
+    idle = look(replace(run, masked=masked), theta, pieces[0])
+    if idle or masked:
+        run = Finding(idle=idle, masked=masked).apply(run)
+        theta = run.space.read(run.model)
     faults: list[str] = []
     for piece in pieces:
         with Unwritten(run.model, theta):
             finding = _try(run, theta, piece, need_hvp, faults)
         if finding is not None:
-            return replace(finding, idle=idle)
+            return replace(finding, idle=idle, masked=masked)
     raise UsageError(
         f"The metagradient of this target cannot be trusted: {faults[-1]}.",
         "A layer whose backward pass is not the derivative of its forward is the usual cause (straight-through rounding, a "
@@ -149,6 +153,21 @@ class Touched(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.no_grad()
+def needs_mask(run: TargetRun, theta: Tensor, examples: Examples) -> bool:
+    """Whether the logits of real tokens are others with the attention mask, on rows as they are."""
+    piece = examples.rows(0, min(len(examples), ROWS * TRIES))
+    piece = piece._of(lambda part: part[:, :TOKENS])
+    parameters = run.space.views(theta)
+    try:
+        with_mask = logits_of(run.model, parameters, piece, True)
+    except TypeError:  # it takes none
+        return False
+    without = logits_of(run.model, parameters, piece)
+    difference = (with_mask - without).abs().amax(-1)[piece.attention_N_S[:, 1:]]
+    return bool(difference.numel()) and float(difference.max()) > 1e-3 * float(without.abs().max())
+
+
 def look(run: TargetRun, theta: Tensor, piece: Examples) -> frozenset[str]:
     """The parameters that no gradient reaches though they are read.
 
@@ -160,7 +179,7 @@ def look(run: TargetRun, theta: Tensor, piece: Examples) -> frozenset[str]:
     leaves = run.leaves(theta, torch.zeros_like(theta))
     touched = Touched(leaves)
     with Unwritten(run.model, theta), torch.enable_grad(), touched:
-        logits = logits_of(run.model, leaves, piece)
+        logits = logits_of(run.model, leaves, piece, run.masked)
     if logits.ndim != 3 or logits.shape[1] != ids.shape[1] - 1:
         raise UsageError(
             f"The target ({kind}) gives logits of shape {tuple(logits.shape)} for {tuple(ids.shape)} tokens.",
@@ -173,7 +192,7 @@ def look(run: TargetRun, theta: Tensor, piece: Examples) -> frozenset[str]:
     last = (piece.attention_N_S.sum(1) - 1)[:, None]
     changed = ids.scatter(1, last, torch.where(ids.gather(1, last) == 0, 1, 0))
     with torch.no_grad():
-        moved = logits_of(run.model, run.space.views(theta), replace(piece, ids_N_S=changed))
+        moved = logits_of(run.model, run.space.views(theta), replace(piece, ids_N_S=changed), run.masked)
     before = torch.arange(logits.shape[1], device=ids.device)[None] < last
     difference = (moved - logits).abs().amax(-1)[before]
     if difference.numel() and float(difference.max()) > 1e-3 * float(logits.abs().max()):
