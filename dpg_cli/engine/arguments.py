@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _within_vocabulary(model: Any, examples: Examples) -> Examples:
             "Was another tokeniser used, or one with added tokens? Then resize_token_embeddings first.",
         )
     ids = examples.ids_N_S.masked_fill(~examples.attention_N_S, 0)
-    return Examples(ids, examples.attention_N_S, examples.label_N_S)
+    return replace(examples, ids_N_S=ids)
 
 
 def _constructor(examples: Any) -> str:

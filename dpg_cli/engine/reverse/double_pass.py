@@ -121,7 +121,8 @@ def double_pass(
         if need_labels and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, logits.shape[-1])
         width = piece.ids_N_S.shape[1]
-        from_logits(logits, tangent, piece, marked, tokens[rows, :width], None if every is None else every[rows], False)
+        piece_every = None if every is None else every[rows]
+        from_logits(logits, tangent, piece, marked, tokens[rows, :width], piece_every, False, sink)
     if hvp is not None and hvp is not hvp_into:
         run.ranks.sum_(hvp)
         hvp = hvp if hvp_into is None else hvp_into.add_(hvp)

@@ -157,7 +157,7 @@ class Touched(TorchFunctionMode):
 def needs_mask(run: TargetRun, theta: Tensor, examples: Examples) -> bool:
     """Whether the logits of real tokens are others with the attention mask, on rows as they are."""
     piece = examples.rows(0, min(len(examples), ROWS * TRIES))
-    piece = piece._of(lambda part: part[:, :TOKENS])
+    piece = Examples(piece.ids_N_S[:, :TOKENS], piece.attention_N_S[:, :TOKENS], piece.label_N_S[:, :TOKENS])
     parameters = run.space.views(theta)
     try:
         with_mask = logits_of(run.model, parameters, piece, True)
