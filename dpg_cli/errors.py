@@ -32,6 +32,14 @@ class UsageError(DpgError):
     """Bad input: an argument, a file or a combination of settings. Exit code 2."""
 
 
+class BadValueError(UsageError, ValueError):
+    """An argument of a library call has the right type and a wrong value."""
+
+
+class BadTypeError(UsageError, TypeError):
+    """An argument of a library call is of another kind than what is needed."""
+
+
 class ConfigError(UsageError):
     """One or several faults in the settings, reported together.
 

@@ -17,15 +17,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.reverse.selfcheck import selfcheck
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -118,42 +122,37 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     Raises:
         DegenerateError: if the run or Φ is not finite.
     """
-    training = model.training
-    model.eval()
-    try:
-        space, width = ParameterSpace(model), examples.ids_N_S.shape[1]
+    with prepared(model) as (target, notes):
+        aligned = accepted(target, examples, inner.optimizer).aligned()
+        space, width = ParameterSpace(target), aligned.ids_N_S.shape[1]
         run = TargetRun(
-            model, space, inner.normalization, width, inner.micro_batch, precision=inner.precision, ranks=inner.ranks
+            target, space, inner.normalization, width, inner.micro_batch, precision=inner.precision, ranks=inner.ranks
         )
-        theta = run.space.read(model)
+        finding = selfcheck(run, aligned, need_hvp=False)
+        run = finding.apply(run)
+        theta = run.space.read(target)
         with torch.enable_grad():
             trace = inner_run(
-                run, theta, examples, inner.optimizer, theta.new_ones(len(examples)), inner.batch_size or len(examples)
+                run, theta, aligned, inner.optimizer, theta.new_ones(len(aligned)), inner.batch_size or len(aligned)
             )
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
-        final = run.space.views(trace.theta)
-        value = float(metric(final, model))
-        if not torch.isfinite(torch.tensor(value)):
-            raise DegenerateError(
-                f"The target metric is {value} after the inner run.", "Lower inner.lr, or correct the metric."
-            )
+        value = metric_value(run, trace.theta, metric)
         first = trace.steps[0].grad
         second = trace.steps[1].before.theta if len(trace.steps) > 1 else trace.theta
         length = float(first.norm())
         return Metagradient(
             value=value,
-            measures=metric.measures(final, model),
+            measures=metric_measures(run, trace.theta, metric),
             example_N=theta.new_zeros(len(examples)),
             token_N_S=theta.new_zeros(examples.ids_N_S.shape),
             label_N_S_V=None,
-            final=final,
+            final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats={"sgd_lr_matched": float((second - theta).norm()) / length if length > 0 else 0.0},
+            notes=tuple(notes),
         )
-    finally:
-        model.train(training)
 
 
 def attribute_examples(

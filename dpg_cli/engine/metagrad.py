@@ -13,56 +13,37 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.inner.target import Normalization, TargetRun, fused_activations
+from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.phi import metric_gradient, metric_measures
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.reverse.selfcheck import selfcheck
 from dpg_cli.engine.reverse.walk import reverse
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
-from dpg_cli.metrics.base import TargetMetric
+from dpg_cli.metrics.base import TargetMetric, as_metric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
-
-
-def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tuple[float, Tensor]:
-    """Φ and ∂Φ/∂θ at θ_T.
-
-    Raises:
-        DegenerateError: if Φ is no finite scalar, its gradient is not finite, or Φ does not depend on the parameters.
-    """
-    flat = torch.zeros_like(theta)
-    leaves = run.leaves(theta, flat)
-    with torch.enable_grad(), fused_activations(run.model):
-        value = metric(leaves, run.model)
-    if value.ndim != 0 or not torch.isfinite(value):
-        raise DegenerateError(
-            f"The target metric gave {value.detach().reshape(-1)[:3].tolist()} of shape {tuple(value.shape)} "
-            "where one finite scalar is needed.",
-            "Lower inner.lr, or correct the metric.",
-        )
-    if not value.requires_grad:
-        raise DegenerateError("The target metric does not depend on the target's parameters.", "Correct the metric.")
-    torch.autograd.backward(value, inputs=list(leaves.values()))
-    if not all_finite(flat):
-        raise DegenerateError("The target metric's gradient is not finite.", "Correct the metric, or lower inner.lr.")
-    return float(value.detach()), flat
 
 
 def metagradient(
     model: nn.Module,
     examples: Examples,
     optimizer: OptimizerSpec,
-    metric: TargetMetric,
+    metric: TargetMetric | Callable[..., Tensor],
     *,
     batch_size: int = 0,
     weights_N: Tensor | None = None,
@@ -78,10 +59,11 @@ def metagradient(
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
     Args:
-        model: a Hugging Face causal LM; θ_0. It is left unchanged, dropout is off.
+        model: a Hugging Face causal LM; θ_0. It is left unchanged, dropout is off. Parameters with `requires_grad` are
+            trained, so that LoRA and frozen layers work as they are. Compiled and data-parallel wrappers are opened.
         examples: N token sequences, used once each, in order.
         optimizer: the inner optimiser.
-        metric: Φ, larger is better.
+        metric: Φ, larger is better: a `TargetMetric`, or a plain function of (parameters, model) or of (model).
         batch_size: B; 0 takes all examples in one step (T = 1).
         weights_N: data weights w, all 1 when None.
         normalization: Z_t, see `TargetRun`.
@@ -96,54 +78,52 @@ def metagradient(
         sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
 
     Returns:
-        Φ, its measures, τ for each example and token, and θ_T.
+        Φ, its measures, τ for each example and token (in the places that `examples` has them), and θ_T. `notes` says what
+        was chosen for this model: float32 masters, another implementation of its experts, the double backward.
 
     Raises:
         DegenerateError: if anything becomes non-finite.
+        UsageError: for a model that no number here would be right for (`inner/prepare.py`, `reverse/selfcheck.py`).
+        BadValueError, BadTypeError: for arguments that cannot be meant; they are also ValueError and TypeError.
 
     Example:
         >>> result = metagradient(model, Examples.from_sequences(ids), OptimizerSpec(lr=1e-4), metric, batch_size=32)
         >>> most_helpful = result.example_N.argsort(descending=True)
     """
-    training = model.training
-    model.eval()
-    try:
+    phi = as_metric(metric)
+    with prepared(model) as (target, notes):
+        given = accepted(target, examples, optimizer, weights_N)
+        examples = given.aligned()
+        space = ParameterSpace(target)
         run = TargetRun(
-            model,
-            ParameterSpace(model),
-            normalization,
-            examples.ids_N_S.shape[1],
-            micro_batch,
-            precision=precision,
-            ranks=ranks,
+            target, space, normalization, examples.ids_N_S.shape[1], micro_batch, precision=precision, ranks=ranks
         )
-        read = partial(run.space.read, model)
-        like = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        batch = batch_size or len(examples)
+        finding = selfcheck(run, examples, need_hvp=len(examples) > batch)
+        run = finding.apply(run)
+        read = partial(run.space.read, target)
+        like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
-        trace = inner_run(
-            run, read(), examples, optimizer, weights, batch_size or len(examples), progress, memory, read, True
-        )
+        trace = inner_run(run, read(), examples, optimizer, weights, batch, progress, memory, read, True)
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
-        value, theta_bar = metric_gradient(run, trace.theta, metric)
+        value, theta_bar = metric_gradient(run, trace.theta, phi)
         token_N_S, label_N_S_V, stats = reverse(
             run, trace, examples, optimizer, weights, theta_bar, labels, progress, sink
         )
-        final = {name: view.detach() for name, view in run.space.views(trace.theta).items()}
         return Metagradient(
             value=value,
-            measures=metric.measures(final, model),
+            measures=metric_measures(run, trace.theta, phi),
             example_N=token_N_S.sum(1),
-            token_N_S=token_N_S,
-            label_N_S_V=label_N_S_V,
-            final=final,
+            token_N_S=given.as_given(token_N_S),
+            label_N_S_V=None if label_N_S_V is None else given.as_given(label_N_S_V),
+            final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats=stats,
+            notes=(*notes, *([finding.note] if finding.note else [])),
         )
-    finally:
-        model.train(training)
 
 
 def refuse_divergence(run: TargetRun, theta: Tensor) -> None:

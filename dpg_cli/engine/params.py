@@ -6,10 +6,13 @@ whatever the architecture. Tied parameters appear once, so that tied stays tied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from dpg_cli.errors import BadValueError
 
 
 class ParameterSpace:
@@ -17,18 +20,23 @@ class ParameterSpace:
 
     Args:
         model: any module; parameters with `requires_grad = False` stay out.
+        idle: names of others that stay out, because no gradient ever reaches them: `torch.optim` leaves these alone.
 
     Raises:
-        ValueError: if there is none, or they differ in dtype or device.
+        BadValueError: if there is none, or they differ in dtype or device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, idle: frozenset[str] = frozenset()) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in idle]
         if not named:
-            raise ValueError("the target has no trainable parameter")
+            raise BadValueError("The target has no trainable parameter.", "Set requires_grad on what is to be trained.")
         kinds = {(p.dtype, p.device) for _, p in named}
         if len(kinds) > 1:
-            raise ValueError(f"the target's parameters differ in dtype or device: {sorted(map(str, kinds))}")
+            raise BadValueError(
+                f"The target's trained parameters differ in dtype or device: {', '.join(sorted(map(str, kinds)))}.",
+                "Bring them to one dtype, on one device.",
+            )
+        self.idle = idle
         self.names = [name for name, _ in named]
         self.shapes = [p.shape for _, p in named]
         self.sizes = [p.numel() for _, p in named]
@@ -51,6 +59,14 @@ class ParameterSpace:
         pieces = theta.split(self.sizes)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
+    def final(self, model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+        """θ by parameter name, detached, with what no gradient reaches as it is in the model."""
+        values = {name: view.detach() for name, view in self.views(theta).items()}
+        if not self.idle:
+            return values
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return {name: values[name] if name in values else p.detach().clone() for name, p in named}
+
     def flatten(self, values: Mapping[str, Tensor] | Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Gradients (in the order of `names`, None for zero) as one (n,) vector."""
         ordered = [values[name] for name in self.names] if isinstance(values, Mapping) else values
@@ -61,3 +77,30 @@ class ParameterSpace:
             else:
                 piece.copy_(value.reshape(-1))
         return flat
+
+
+@contextmanager
+def carrying(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the model's own parameters are these values, so that `model(...)` is the model at these weights.
+
+    Args:
+        model: any module.
+        values: by parameter name; parameters (whose gradients are then theirs) or plain tensors.
+    """
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {
+        name: value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+        for name, value in values.items()
+    }
+    places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and named.get(id(parameter)) in own:
+                places.append((module._parameters, key, parameter))
+    try:
+        for slots, key, parameter in places:
+            slots[key] = own[named[id(parameter)]]
+        yield
+    finally:
+        for slots, key, parameter in places:
+            slots[key] = parameter

@@ -6,24 +6,34 @@ V vocabulary, T inner steps, B examples an inner batch. Rows n·G … n·G + G -
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpg_cli.engine import batches
 from dpg_cli.engine.soft import SoftLabels
+from dpg_cli.errors import BadTypeError, BadValueError
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Token sequences for the target, right-padded.
+    """Token sequences for the target; each row's tokens stand together, padded on the right, or on the left.
+
+    Padding on the left is only another way to write the same rows: the run sees them padded on the right, and credits come
+    back in the places given. `batches.py` makes examples from messages, data sets and what a collator gives.
 
     Attributes:
-        ids_N_S: token ids, int64; anything where padded.
+        ids_N_S: token ids, integers; anything where padded.
         attention_N_S: True on real tokens, bool.
-        label_N_S: True on tokens whose loss is trained, bool. Column 0 has no prediction and must be False.
+        label_N_S: True on tokens whose loss is trained, bool. The first token of a row has no prediction and must be False.
         soft: distributions that the trained tokens were drawn from, or None.
         drawn: train on the drawn tokens all the same; `soft` then only tells what else could have stood there.
+
+    Raises:
+        BadValueError: if shapes differ, a row has a hole, or a label stands where no prediction is.
     """
 
     ids_N_S: Tensor
@@ -33,65 +43,136 @@ class Examples:
     drawn: bool = False
 
     def __post_init__(self) -> None:
-        if not self.ids_N_S.shape == self.attention_N_S.shape == self.label_N_S.shape or self.ids_N_S.ndim != 2:
-            raise ValueError(
+        ids, attention, label = self.ids_N_S, self.attention_N_S, self.label_N_S
+        if not ids.shape == attention.shape == label.shape or ids.ndim != 2:
+            raise BadValueError(
                 "ids, attention and labels must share one (N, S) shape; got "
-                f"{tuple(self.ids_N_S.shape)}, {tuple(self.attention_N_S.shape)}, {tuple(self.label_N_S.shape)}"
+                f"{tuple(ids.shape)}, {tuple(attention.shape)}, {tuple(label.shape)}."
             )
-        if bool(self.label_N_S[:, :1].any()):
-            raise ValueError(
-                "the first token of a sequence has nothing before it that could predict it: label_N_S[:, 0] must be False"
+        if ids.is_floating_point() or ids.dtype == torch.bool or not attention.dtype == label.dtype == torch.bool:
+            raise BadTypeError(
+                f"Token ids must be integers, attention and labels bool; got {ids.dtype}, {attention.dtype}, {label.dtype}."
             )
+        if bool((label & ~attention).any()):
+            raise BadValueError(
+                f"{self._row(label & ~attention)} has a label on padding.", "Let labels be real tokens."
+            )
+        starts = attention & ~nn.functional.pad(attention, (1, 0))[:, :-1]
+        if bool((starts.sum(1) > 1).any()):
+            row = int((starts.sum(1) > 1).nonzero()[0])
+            raise BadValueError(
+                f"Row {row} has padding between its tokens: no causal run reads it so.",
+                "Leave the padding out, or give its parts as rows of their own.",
+            )
+        if bool((label & starts).any()):
+            raise BadValueError(
+                f"{self._row(label & starts)} has a label on its first token, which has nothing before it that could "
+                "predict it: label_N_S must be False there."
+            )
+
+    @staticmethod
+    def _row(marks: Tensor) -> str:
+        return f"Row {int(marks.any(1).nonzero()[0])}"
 
     def __len__(self) -> int:
         return self.ids_N_S.shape[0]
 
+    def __repr__(self) -> str:
+        rows, width = self.ids_N_S.shape
+        real, trained = int(self.attention_N_S.sum()), int(self.label_N_S.sum())
+        return f"Examples({rows} rows of up to {width} tokens; {real} real, {trained} trained; {self.ids_N_S.device})"
+
+    def _of(self, change: Callable[[Tensor], Tensor], soft: SoftLabels | None) -> Examples:
+        """The same change of all three tensors; what was right stays so, and is not looked at again."""
+        made = object.__new__(Examples)
+        object.__setattr__(made, "soft", soft)
+        object.__setattr__(made, "drawn", self.drawn)
+        for name in ("ids_N_S", "attention_N_S", "label_N_S"):
+            object.__setattr__(made, name, change(getattr(self, name)))
+        return made
+
     def rows(self, start: int, stop: int) -> Examples:
-        """Rows start … stop - 1, cut to their longest sequence."""
+        """Rows start … stop - 1, cut to their longest sequence; of examples padded on the right."""
         attention = self.attention_N_S[start:stop]
         longest = max(1, int(attention.any(0).nonzero().max()) + 1) if attention.any() else 1
-        return Examples(
-            self.ids_N_S[start:stop, :longest],
-            attention[:, :longest],
-            self.label_N_S[start:stop, :longest],
-            None if self.soft is None else self.soft.rows(start, stop, longest),
-            self.drawn,
-        )
+        soft = None if self.soft is None else self.soft.rows(start, stop, longest)
+        return self._of(lambda part: part[start:stop, :longest], soft)
 
     def take(self, index_N: Tensor) -> Examples:
         """The rows of an index, at the width of all of them."""
         index = index_N.to(self.ids_N_S.device)
         soft = None if self.soft is None else self.soft.take(index)
-        return Examples(self.ids_N_S[index], self.attention_N_S[index], self.label_N_S[index], soft, self.drawn)
+        return self._of(lambda part: part[index], soft)
 
     def to(self, device: torch.device | str) -> Examples:
         """The same examples on another device."""
         soft = None if self.soft is None else self.soft.to(device)
-        return Examples(
-            self.ids_N_S.to(device), self.attention_N_S.to(device), self.label_N_S.to(device), soft, self.drawn
-        )
+        return self._of(lambda part: part.to(device), soft)
+
+    def _shift(self) -> Tensor | None:
+        """How many places each row begins after the first, or None where all begin there."""
+        first = self.attention_N_S.long().argmax(1)  # 0 for an empty row
+        return first if bool(first.any()) else None
+
+    def aligned(self) -> Examples:
+        """The same rows, padded on the right.
+
+        Raises:
+            BadValueError: if rows with distributions are padded on the left.
+        """
+        shift = self._shift()
+        if shift is None:
+            return self
+        if self.soft is not None:
+            raise BadValueError("Rows with soft labels must be padded on the right.", "Pad them there.")
+        places = (torch.arange(self.ids_N_S.shape[1], device=shift.device) + shift[:, None]) % self.ids_N_S.shape[1]
+        return self._of(lambda part: part.gather(1, places), None)
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """Values (N, S, ...) of the aligned rows in the places that these rows have them; 0 where padded."""
+        shift = self._shift()
+        if shift is None:
+            return values
+        width = self.ids_N_S.shape[1]
+        places = (torch.arange(width, device=shift.device) - shift[:, None]) % width
+        return values[torch.arange(len(self), device=shift.device)[:, None], places]
 
     @classmethod
-    def from_sequences(cls, sequences: list[list[int]], *, pad_id: int = 0, prefix: int = 1) -> Examples:
+    def from_sequences(
+        cls, sequences: Sequence[Sequence[int]], *, pad_id: int = 0, prefix: int | Sequence[int] = 1
+    ) -> Examples:
         """Pad lists of token ids into one batch.
 
         Args:
             sequences: N lists of token ids, each with at least one token.
             pad_id: id that fills the padding.
-            prefix: number of leading tokens that are context only (1: every token but the first is trained).
+            prefix: number of leading tokens that are context only (1: every token but the first is trained); one number,
+                or one a row.
 
         Returns:
             The batch, on the CPU.
+
+        Raises:
+            BadValueError: if there is no sequence, one is empty, or there are more or fewer prefixes.
         """
-        length = max(len(sequence) for sequence in sequences)
-        ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
-        attention = torch.zeros(len(sequences), length, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-            attention[row, : len(sequence)] = True
-        label = attention.clone()
-        label[:, : max(prefix, 1)] = False
-        return cls(ids, attention, label)
+        return cls(*batches.from_sequences(sequences, pad_id, prefix))
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> Examples:
+        """From a `BatchEncoding` or a collator's dict, padded on either side; see `batches.from_batch`."""
+        return cls(*batches.from_batch(batch))
+
+    @classmethod
+    def from_dataset(cls, dataset: Iterable[Any], *, pad_id: int = 0) -> Examples:
+        """From a torch data set or a list of rows with `input_ids` (and `labels`); see `batches.from_dataset`."""
+        return cls(*batches.from_dataset(dataset, pad_id))
+
+    @classmethod
+    def from_messages(
+        cls, tokenizer: Any, conversations: Sequence[Any], *, pad_id: int | None = None, **options: Any
+    ) -> Examples:
+        """From conversations, of which the assistant's turns are trained; see `batches.from_messages`."""
+        return cls(*batches.from_messages(tokenizer, conversations, pad_id, options))
 
 
 @dataclass(frozen=True)
@@ -156,6 +237,7 @@ class Metagradient:
         final: θ_T by parameter name, detached.
         gradient_median: median |g_0| over parameters with a gradient, what ε must be compared with.
         stats: further figures of the inner run for the log.
+        notes: what was chosen for this model and was not asked for, a sentence each.
     """
 
     value: float
@@ -166,6 +248,24 @@ class Metagradient:
     final: dict[str, Tensor]
     gradient_median: float
     stats: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Three lines: Φ and its measures, the rewards, what was kept."""
+        rewards = self.example_N.detach().double()
+        known = ", ".join(f"{name} {number:.6g}" for name, number in self.measures.items())
+        labels = "" if self.label_N_S_V is None else f", labels {tuple(self.label_N_S_V.shape)}"
+        spread = ""
+        if len(rewards):
+            best, worst = int(rewards.argmax()), int(rewards.argmin())
+            spread = f", mean {rewards.mean():.3g}, from {rewards[worst]:.3g} (example {worst}) to {rewards[best]:.3g} ({best})"
+        weights = sum(value.numel() for value in self.final.values())
+        return (
+            f"Metagradient: Φ = {self.value:.6g}{f' ({known})' if known else ''}\n"
+            f"  example_N: {len(rewards)} rewards{spread}; token_N_S {tuple(self.token_N_S.shape)}{labels}\n"
+            f"  final: {len(self.final)} parameters, {weights} weights; median |g| {self.gradient_median:.3g}"
+            f"{'; ' + ' '.join(self.notes) if self.notes else ''}"
+        )
 
 
 @dataclass(frozen=True)

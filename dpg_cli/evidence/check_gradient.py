@@ -21,8 +21,9 @@ from dpg_cli.engine.detect import SIGN_SHARE, observed, regime, rounding
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
-from dpg_cli.engine.metagrad import metagradient, metric_gradient
+from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.phi import metric_gradient, metric_value
 from dpg_cli.engine.records import Examples
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
 from dpg_cli.metrics.base import TargetMetric
@@ -73,7 +74,7 @@ class Probe:
         weights = theta.new_ones(len(self.examples)) if weights_N is None else weights_N.to(theta)
         final = inner_run(run, theta, self.examples, self.inner.optimizer, weights, self.inner.batch_size).theta
         with torch.no_grad():
-            return float(self.metric(run.space.views(final), self.model)), final
+            return metric_value(run, final, self.metric), final
 
     def start(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """θ_0, g_0, θ_T and ∂Φ/∂θ_T of the run with all weights 1."""

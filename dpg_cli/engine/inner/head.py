@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpg_cli.engine.inner.cuts import trying
 from dpg_cli.engine.inner.product import times
 from dpg_cli.engine.soft import Rows
 
@@ -88,7 +89,8 @@ def find_head(model: nn.Module) -> Head | None:
     handle = base.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
         ids = torch.arange(min(2, layer.out_features), device=layer.weight.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
+        with trying():
+            logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
     hidden = getattr(seen[0], "last_hidden_state", None) if len(seen) == 1 else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class TargetRun:
         closed_head: take the LM head by closed forms where it is a standard one.
         precision: of the backbone's linear maps, see `product.py`.
         ranks: the processes that share the batches.
+        second_order: the pass that the reverse takes, see `reverse/selfcheck.py`.
+        masked: the model must be told where padding is: it looks at the ids of its tokens for that otherwise.
         head: that head, or None.
     """
 
@@ -54,6 +56,8 @@ class TargetRun:
     closed_head: bool = True
     precision: Precision = "float32"
     ranks: Ranks = ALONE
+    second_order: Literal["dual", "double"] = "dual"
+    masked: bool = False
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,23 +88,31 @@ class TargetRun:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
         if into is None:
             return self.space.views(theta)
-        leaves = {name: view.detach().requires_grad_() for name, view in self.space.views(theta).items()}
+        leaves: dict[str, Tensor] = {
+            name: nn.Parameter(view.detach()) for name, view in self.space.views(theta).items()
+        }
         for name, view in self.space.views(into).items():
             leaves[name].grad = view
         return leaves
 
 
-def logits_of(model: nn.Module, parameters: dict[str, Tensor], piece: Examples) -> Tensor:
-    """Logits that predict tokens 1 … S-1: shape (B, S-1, V)."""
+def inputs_of(piece: Examples, masked: bool = False) -> dict[str, Any]:
+    """What the model is called with."""
     # Right-padded rows need no attention mask: a causal model never looks to the right, and pads carry no loss.
-    output = functional_call(model, parameters, args=(), kwargs={"input_ids": piece.ids_N_S, "use_cache": False})
+    mask = {"attention_mask": piece.attention_N_S.to(torch.int64)} if masked else {}
+    return {"input_ids": piece.ids_N_S, "use_cache": False, **mask}
+
+
+def logits_of(model: nn.Module, parameters: dict[str, Tensor], piece: Examples, masked: bool = False) -> Tensor:
+    """Logits that predict tokens 1 … S-1: shape (B, S-1, V)."""
+    output: Any = functional_call(model, parameters, args=(), kwargs=inputs_of(piece, masked))
     return output.logits[:, :-1]
 
 
-def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples) -> Tensor:
+def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples, masked: bool = False) -> Tensor:
     """The backbone's last hidden state, shape (B, S, D)."""
-    kwargs = {"input_ids": piece.ids_N_S, "use_cache": False}
-    return functional_call(head.base, head.base_parameters(parameters), (), kwargs).last_hidden_state
+    output: Any = functional_call(head.base, head.base_parameters(parameters), (), inputs_of(piece, masked))
+    return output.last_hidden_state
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,7 @@ def loss_gradient(
                 continue
             tokens = Labelled.of(piece, weights_B[rows], scale)
             with torch.enable_grad(), PlainMode(run.precision, made):
-                hidden = hidden_of(run.head, leaves, piece)
+                hidden = hidden_of(run.head, leaves, piece, run.masked)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
             loss, bar = first_order(
@@ -191,7 +203,7 @@ def _plain_gradient(
 ) -> float:
     """The same through the model's own logits."""
     with torch.enable_grad(), PlainMode(run.precision, made):
-        logits = logits_of(run.model, leaves, piece)
+        logits = logits_of(run.model, leaves, piece, run.masked)
         marked = Labelled.of(piece, weights_B, scale)
         if marked.trained is not None:
             found = nn.functional.pad(logits, (0, 0, 0, 1)).flatten(0, 1)[marked.before_M]

@@ -81,13 +81,17 @@ def dual_pass(
     for rows, piece in run.pieces(batch):
         made = None if remembered is None else remembered.next()
         with (
-            torch.set_grad_enabled(need_hvp),
+            torch.enable_grad(),  # `DualMode` tells the model's own no_grad by it; without `into` no leaf asks for a graph
             forward_ad.dual_level(),
             DualMode(run.precision, made),
             fused_activations(run.model),
         ):
             duals = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
-            output = logits_of(run.model, duals, piece) if head is None else hidden_of(head, duals, piece)
+            output = (
+                logits_of(run.model, duals, piece, run.masked)
+                if head is None
+                else hidden_of(head, duals, piece, run.masked)
+            )
             primal, tangent = forward_ad.unpack_dual(output)
             tangent = torch.zeros_like(primal) if tangent is None else tangent
             del duals, output
@@ -98,9 +102,7 @@ def dual_pass(
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
         if head is None:
-            bars = _plain_second_order(
-                primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink
-            )
+            bars = from_logits(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink)
         else:
             known = None if made is None else made.hidden_bar
             bars, credit_M = _head_second_order(
@@ -169,7 +171,7 @@ def _head_second_order(
 
 
 @torch.no_grad()
-def _plain_second_order(
+def from_logits(
     logits: Tensor,
     tangent: Tensor,
     piece: Examples,

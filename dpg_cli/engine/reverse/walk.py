@@ -9,15 +9,18 @@ Source: DESIGN §2, step 4. Adjoints are written over the states that they repla
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from dpg_cli.engine.detect import regime
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, no_vector
+from dpg_cli.engine.inner.remembered import Remembered
 from dpg_cli.engine.inner.run import InnerRun, Progress, all_finite
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.records import Examples
-from dpg_cli.engine.reverse.dual_pass import dual_pass
+from dpg_cli.engine.reverse.double_pass import double_pass
+from dpg_cli.engine.reverse.dual_pass import DualResult, dual_pass
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
@@ -71,7 +74,7 @@ def reverse(
         start, stop = trace.batches[number]
         batch, rows = examples.rows(start, stop), slice(start, stop)
         width = batch.ids_N_S.shape[1]
-        dual = dual_pass(
+        dual = second_pass(
             run,
             theta,
             grad_bar,
@@ -107,6 +110,13 @@ def reverse(
     return tokens, every, stats
 
 
+def second_pass(run: TargetRun, *args: Any, remembered: Remembered | None = None, **options: Any) -> DualResult:
+    """`dual_pass`, or `double_pass` where the target's self-check chose that."""
+    if run.second_order == "double":
+        return double_pass(run, *args, **options)
+    return dual_pass(run, *args, remembered=remembered, **options)
+
+
 def exact_first_credits(
     run: TargetRun, spec: OptimizerSpec, bar: State, before: State, batch: Examples, weights_B: Tensor
 ) -> Tensor:
@@ -120,7 +130,7 @@ def exact_first_credits(
     exact = replace(run, precision="float32")
     grad, _ = loss_gradient(exact, before.theta, batch, weights_B)
     direction, _ = adjoint(spec, bar, before, grad, 0, first=True)
-    return dual_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
+    return second_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
 
 
 def precision_error(token_B_S: Tensor, exact_B_S: Tensor) -> float:

@@ -1,4 +1,7 @@
-"""Scaled dot-product attention: matrix products, and between them the softmax of `softmax.py`."""
+"""Scaled dot-product attention: matrix products, and between them the softmax of `softmax.py`.
+
+A bias that depends on parameters (Doge's masks, learned relative positions) takes the products and the softmax one by one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from dpg_cli.engine.reverse.forms.base import Form, MaybeTensor, split
-from dpg_cli.engine.reverse.forms.softmax import softmax_forward, softmax_reverse
+from dpg_cli.engine.reverse.forms.base import Form, MaybeTensor, parts, split
+from dpg_cli.engine.reverse.forms.softmax import dual_softmax, softmax_forward, softmax_reverse
 
 
 class Attention(torch.autograd.Function):
@@ -82,6 +85,12 @@ def dual_attention(
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     if key.shape[:-2] != query.shape[:-2]:  # multi-query attention: one head of keys for all
         key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if attn_mask is not None and attn_mask.is_floating_point():
+        mask, mask_t = parts(attn_mask)
+        if mask_t is not None or (mask is not None and mask.requires_grad):  # a bias that is learned
+            scores = torch.matmul(query * scale, key.transpose(-2, -1)) + attn_mask
+            return torch.matmul(dual_softmax(scores), value)
     bias = None
     if is_causal or attn_mask is not None:
         keep = attn_mask
@@ -91,9 +100,8 @@ def dual_attention(
             bias = torch.zeros(keep.shape, dtype=query.dtype, device=query.device).masked_fill_(~keep, -torch.inf)
         else:
             bias = keep.detach()
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    parts = [part for tensor in (query, key, value) for part in split(tensor)]
-    return forward_ad.make_dual(*Attention.apply(*parts, bias, scale))
+    given = [part for tensor in (query, key, value) for part in split(tensor)]
+    return forward_ad.make_dual(*Attention.apply(*given, bias, scale))
 
 
 FORM = Form({torch.nn.functional.scaled_dot_product_attention: dual_attention})

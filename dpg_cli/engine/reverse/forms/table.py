@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpg_cli.engine.reverse.forms import activation, attention, layer_norm, linear, softmax
+from dpg_cli.engine.reverse.forms import activation, attention, embedding, layer_norm, linear, logsumexp, softmax
 from dpg_cli.engine.reverse.forms.base import Form
 
 FORMS: dict[str, Form] = {
     "linear": linear.FORM,
+    "embedding": embedding.FORM,
     "softmax": softmax.FORM,
+    "logsumexp": logsumexp.FORM,
     "attention": attention.FORM,
     "layer_norm": layer_norm.FORM,
     "activation": activation.FORM,
