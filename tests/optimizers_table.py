@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec
 from dpg_cli.engine.inner.optimizers import Rate, Rates, by_matrix
-from dpg_cli.engine.reverse.reference import Moments, PlainStep
+from dpg_cli.engine.reverse.reference import At, Moments, PlainStep
 
 SIZE = 50  # of the vectors that single steps are tried on
 Stock = Callable[[list[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
@@ -60,12 +60,12 @@ def stock_sgd(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.opti
 
 
 def plain_smooth_sign(
-    spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments
+    spec: OptimizerSpec, at: At, theta: Tensor, grad: Tensor, moments: Moments
 ) -> tuple[Tensor, Moments]:
     """The worked example of CONTRIBUTING, as a page would have it."""
     (m,) = moments or (torch.zeros_like(theta),)
     m = spec.momentum * m + (1 - spec.momentum) * grad
-    return theta - spec.lr * (m / (m**2 + spec.eps**2).sqrt() + spec.weight_decay * theta), (m,)
+    return theta - at.lr * (m / (m**2 + spec.eps**2).sqrt() + at.decay * theta), (m,)
 
 
 runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "smooth_sign.py"))  # registers itself

@@ -27,7 +27,7 @@ from dpg_cli.engine.inner.optimizers import (
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.params import ParameterSpace
-from dpg_cli.engine.reverse.reference import STEPS
+from dpg_cli.engine.reverse.reference import STEPS, At
 from dpg_cli.evidence.stock import fine_tune
 from dpg_cli.settings.config import InnerConfig
 
@@ -112,18 +112,19 @@ def test_adjoint_equals_finite_differences(name: str, step: int) -> None:
 def plain_step(row: Row, step: int, state: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     """A step as plain PyTorch, matrix by matrix where the optimiser goes by them; what it has no v for keeps a v of 0."""
     spec, take, start = row.spec, row.plain or STEPS[row.spec.name], 0
+    at = At(step, spec.lr, spec.weight_decay)
     if not by_matrix(spec):
-        theta, moments = take(spec, step, state[0], grad, tuple(state[1:]))
+        theta, moments = take(spec, at, state[0], grad, tuple(state[1:]))
         return theta, *moments
     parts = []
     for rate in ranges(spec) or ():
         form = rate.matrix or (rate.stop - start,)
         theta, m, v, g = (vector[start : rate.stop].view(form) for vector in (*state, grad))
         if rate.matrix:
-            theta, (m,) = take(spec, step, theta, g, (m,))
+            theta, (m,) = take(spec, at, theta, g, (m,))
             v = torch.zeros_like(v)
         else:
-            theta, (m, v) = STEPS["adamw"](spec, step, theta, g, (m, v))
+            theta, (m, v) = STEPS["adamw"](spec, at, theta, g, (m, v))
         parts.append([vector.reshape(-1) for vector in (theta, m, v)])
         start = rate.stop
     return tuple(torch.cat(vectors) for vectors in zip(*parts, strict=True))

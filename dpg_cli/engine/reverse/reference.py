@@ -12,7 +12,7 @@ derivative (so attention is the MATH kernel). What a model detaches from its own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,38 +25,47 @@ from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.metrics.base import TargetMetric
 
 Moments = tuple[Tensor, ...]
-PlainStep = Callable[[OptimizerSpec, int, Tensor, Tensor, Moments], tuple[Tensor, Moments]]  # t, θ, g, moments
 
 
-def adamw(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+class At(NamedTuple):
+    """Where a step is: t, counted from 0, and its learning rate and weight decay."""
+
+    step: int
+    lr: float
+    decay: float
+
+
+PlainStep = Callable[[OptimizerSpec, At, Tensor, Tensor, Moments], tuple[Tensor, Moments]]  # θ, g, moments
+
+
+def adamw(spec: OptimizerSpec, at: At, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     """`torch.optim.AdamW`, with ε_root."""
     m, v = moments or (torch.zeros_like(theta), torch.zeros_like(theta))
     m = spec.beta1 * m + (1 - spec.beta1) * grad
     v = spec.beta2 * v + (1 - spec.beta2) * grad**2
-    square = v / (1 - spec.beta2 ** (step + 1)) + spec.eps_root
+    square = v / (1 - spec.beta2 ** (at.step + 1)) + spec.eps_root
     moved = square > 0  # elsewhere the root's derivative is infinite, its numerator 0, and the limit 0
     denominator = square.where(moved, torch.ones_like(v)).sqrt() * moved + spec.eps
     denominator = denominator.masked_fill(denominator == 0, torch.inf)
-    update = m / (1 - spec.beta1 ** (step + 1)) / denominator
-    return theta - spec.lr * (update + spec.weight_decay * theta), (m, v)
+    update = m / (1 - spec.beta1 ** (at.step + 1)) / denominator
+    return theta - at.lr * (update + at.decay * theta), (m, v)
 
 
-def adam(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+def adam(spec: OptimizerSpec, at: At, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     """`torch.optim.Adam`, with ε_root: the decay is a part of the gradient."""
-    decayed = grad + spec.weight_decay * theta
-    moved, moments = adamw(spec, step, theta, decayed, moments)
-    return moved + spec.lr * spec.weight_decay * theta, moments
+    decayed = grad + at.decay * theta
+    return adamw(spec, at._replace(decay=0.0), theta, decayed, moments)
 
 
-def sgd(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+def sgd(spec: OptimizerSpec, at: At, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     """`torch.optim.SGD` without dampening."""
     (b,) = moments or (torch.zeros_like(theta),)
-    decayed = grad + spec.weight_decay * theta
+    decayed = grad + at.decay * theta
     b = spec.momentum * b + decayed
-    return theta - spec.lr * (decayed + spec.momentum * b if spec.nesterov else b), (b,)
+    return theta - at.lr * (decayed + spec.momentum * b if spec.nesterov else b), (b,)
 
 
-def muon(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+def muon(spec: OptimizerSpec, at: At, theta: Tensor, grad: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     """`torch.optim.Muon` of a matrix, without its rounding to bfloat16."""
     (m,) = moments or (torch.zeros_like(theta),)
     m = spec.momentum * m + (1 - spec.momentum) * grad
@@ -66,7 +75,7 @@ def muon(spec: OptimizerSpec, step: int, theta: Tensor, grad: Tensor, moments: M
         x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
     rows, columns = theta.shape
     ratio = 0.2 * max(rows, columns) ** 0.5 if spec.adjust_lr == "match_rms_adamw" else max(1, rows / columns) ** 0.5
-    return theta - spec.lr * (ratio * x + spec.weight_decay * theta), (m,)
+    return theta - at.lr * (ratio * x + at.decay * theta), (m,)
 
 
 STEPS: dict[str, PlainStep] = {"adam": adam, "adamw": adamw, "muon": muon, "sgd": sgd}
@@ -121,9 +130,10 @@ def reference_metagradient(
         loss = (w[rows] * mask[rows, :, None] * loss_B_S_V).sum() / normalizer
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
         gradients.append(grads)
+        at = At(t, optimizer.lr, optimizer.weight_decay)
         for name, grad in zip(list(theta), grads, strict=True):
             own = adamw if optimizer.name == "muon" and name not in matrices else take
-            theta[name], moments[name] = own(optimizer, t, theta[name], grad, moments[name])
+            theta[name], moments[name] = own(optimizer, at, theta[name], grad, moments[name])
     value = metric(theta, model)
     (tau,) = torch.autograd.grad(value, w)
 
