@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_scheduler
 
 from dpg_cli.engine import Examples, Recipe
@@ -69,7 +70,8 @@ def stock_steps(recipe: Recipe, count: int) -> list[list[int]]:
         loader = [order[at : at + size] for at in range(0, count, size)]
         if batches.drop_last and len(loader[-1]) < size:
             loader.pop()
-        made = [sum(loader[at : at + batches.accumulation], []) for at in range(0, len(loader), batches.accumulation)]
+        groups = [loader[at : at + batches.accumulation] for at in range(0, len(loader), batches.accumulation)]
+        made = [[row for batch in group for row in batch] for group in groups]
         total = batches.max_steps or math.ceil(batches.epochs * len(made))
         steps, epoch = steps + made, epoch + 1
         if len(steps) >= total:
@@ -99,7 +101,6 @@ def group_settings(recipe: Recipe, model: nn.Module, name: str) -> tuple[float, 
 
 def unrolled(model: nn.Module, examples: Examples, recipe: Recipe, weights_N_S: Tensor) -> dict[str, Tensor]:
     """θ_T by parameter name, differentiable by the weights of the tokens, (N, S)."""
-    model.set_attn_implementation("eager")  # the fused kernels have no second derivative
     start = {name: value.detach() for name, value in model.named_parameters()}
     settings = {name: group_settings(recipe, model, name) for name in start}
     trained = [name for name in start if not math.isnan(settings[name][0])]
@@ -110,7 +111,8 @@ def unrolled(model: nn.Module, examples: Examples, recipe: Recipe, weights_N_S: 
     rates = stock_rates(recipe, len(steps))
     for number, rows in enumerate(steps):
         ids, label = examples.ids_N_S[rows], examples.label_N_S[rows]
-        logits = functional_call(model, theta, (), {"input_ids": ids, "use_cache": False}).logits[:, :-1]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative; eager ones round to float32
+            logits = functional_call(model, theta, (), {"input_ids": ids, "use_cache": False}).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * label[:, 1:]
         total = label.sum() if recipe.normalization == "token" else ids.numel()
         loss = (losses * weights_N_S[rows][:, 1:]).sum() / total
@@ -135,7 +137,9 @@ def unrolled(model: nn.Module, examples: Examples, recipe: Recipe, weights_N_S: 
     return theta
 
 
-def twin(model: nn.Module, examples: Examples, recipe: Recipe, metric: object, weights_N: Tensor) -> tuple[float, Tensor]:
+def twin(
+    model: nn.Module, examples: Examples, recipe: Recipe, metric: object, weights_N: Tensor
+) -> tuple[float, Tensor]:
     """Φ and τ_is, (N, S), of the unrolled run."""
     weights = weights_N[:, None].expand(examples.ids_N_S.shape).clone().requires_grad_()
     value = metric(unrolled(model, examples, recipe, weights), model)  # type: ignore[operator]
