@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpg_cli.engine import Recipe
 from dpg_cli.engine.generator.align import target_examples
 from dpg_cli.engine.generator.credit import assign
 from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, encode_prompts, sample
-from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.loop import LoopSpec
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.models.loading import LanguageModel, load
@@ -152,7 +152,7 @@ def test_schedules_by_hand() -> None:
     """Ten steps: lr rises over two and falls over the last half; the KL coefficient falls over the last 40 %."""
     sampling = Sampling(group_size=1, max_tokens=1, min_tokens=1, temperature=1.0, eos_id=0, pad_id=0)
     spec = LoopSpec(
-        steps=10, sampling=sampling, optimizer=OptimizerSpec(), inner_batch=1, normalization="token", micro_batch=1,
+        steps=10, sampling=sampling, recipe=Recipe(), micro_batch=1,
         credit="sequence", discount=1.0, policy=PolicySpec(kl=0.5, clip=0.3), lr=6.0, lr_warmup=2, lr_decay=0.5,
         kl_decay=0.4,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,9 @@ def outcome(
     built: Built, examples: Examples, *, batch_size: int, optimizer: OptimizerSpec | None = None
 ) -> Metagradient:
     """Φ and measures of the target after fine-tuning on examples."""
-    inner = InnerSettings(
-        optimizer or built.spec.optimizer, batch_size, built.spec.normalization, built.spec.micro_batch
-    )
+    spec = built.spec
+    recipe = spec.recipe if optimizer is None else replace(spec.recipe, optimizer=optimizer)
+    inner = InnerSettings(recipe, batch_size, micro_batch=spec.micro_batch)
     return effect(built.players.target.model, examples, built.players.metric, inner)
 
 

@@ -66,10 +66,11 @@ def draw(
     return rollout.rows(torch.arange(examples, device=device))
 
 
-def measure(players: Players, spec: LoopSpec, rollout: Rollout, inner_steps: int) -> Synthetic:
-    """Fine-tune the target on a dataset in T steps of equal size, and attribute the metric to its examples."""
-    batch = -(-len(rollout) // inner_steps)
-    shared = replace(spec, inner_batch=batch, credit="sequence", attribution=AttributionSpec(), labels="drawn")
+def measure(players: Players, spec: LoopSpec, rollout: Rollout, before: int) -> Synthetic:
+    """Fine-tune the target on a dataset in as many steps as `before` examples take, and attribute the metric to its rows."""
+    shared = replace(
+        spec.rescaled(before, len(rollout)), credit="sequence", attribution=AttributionSpec(), labels="drawn"
+    )
     result, token_N_K, _ = attribute(
         players, shared, rollout
     )  # whatever trained the generator, its data has metagradients

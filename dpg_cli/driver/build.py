@@ -10,6 +10,7 @@ import torch
 
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
+from dpg_cli.driver.recipe import inner_recipe
 from dpg_cli.driver.trl_needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
@@ -18,7 +19,6 @@ from dpg_cli.engine.generator.head_policy import HeadChange
 from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
-from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.errors import UsageError
@@ -243,9 +243,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             portable=rollout.portable,
             silent_ids=generator.silent_ids,
         ),
-        optimizer=OptimizerSpec.of(inner),
-        inner_batch=inner.batch_size,
-        normalization=inner.normalization,
+        recipe=inner_recipe(inner),
         micro_batch=inner.micro_batch,
         credit=config.credit.mode,
         discount=config.credit.discount,
@@ -264,7 +262,6 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr_decay=policy.decay,
         kl_decay=policy.kl_decay,
         states=inner.states,
-        precision=inner.precision,
         max_length=inner.max_length,
         attribution=attribution_spec(config),
         labels=inner.labels,

@@ -358,7 +358,7 @@ def syntheses(config: Config, built: Built) -> Iterator[tuple[str, LanguageModel
     for name in ("train", "control") if config.dataset.control else ("train",):
         generator = players.generator if name == "train" else load_generator(config.models, built.device)
         rollout = draw(generator, built.spec, built.prompts, size, config.steps, config.seed + 2, players.ranks)
-        yield name, generator, measure(players, built.spec, rollout, config.inner_steps)
+        yield name, generator, measure(players, built.spec, rollout, config.examples_per_step)
 
 
 def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:

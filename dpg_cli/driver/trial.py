@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpg_cli.driver.build import Built
 from dpg_cli.engine.generator.policy import completion_logits, policy_loss
 from dpg_cli.engine.generator.rollout import sample
+from dpg_cli.engine.inner.recipe import Batches
 from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.records import Credit, Examples
 from dpg_cli.errors import DpgError, UsageError
@@ -95,10 +96,8 @@ def _metagradient(built: Built) -> None:
     result = metagradient(
         target.model,
         examples.to(built.device),
-        spec.optimizer,
+        replace(spec.recipe, batches=Batches(1)),
         RandomDirection(),
-        batch_size=1,
-        normalization=spec.normalization,
         labels=spec.credit == "expected",
     )
     if not bool(torch.isfinite(result.token_N_S).all()):

@@ -21,9 +21,8 @@ import torch
 from dpg_cli.data.chat import PromptFormat
 from dpg_cli.data.prompts import PromptSampler
 from dpg_cli.driver.build import Built
-from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.detect import Watch, metric_before, refuse_nonfinite, weights_changed
-from dpg_cli.engine.loop import LoopSpec, StepReport
+from dpg_cli.engine.loop import StepReport
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import UsageError
 from dpg_cli.integrations.trl import MetagradientReward, RewardedBatch
@@ -142,7 +141,7 @@ class Follower:
         self.watch = Watch(
             start=metric_before(players.metric, players.target.model),
             dtype=players.target.head.dtype,
-            optimizer=built.spec.optimizer,
+            optimizer=built.spec.recipe.optimizer,
         )
 
     def reward(self) -> MetagradientReward:
@@ -161,7 +160,7 @@ class Follower:
             players.generator,
             players.target,
             players.metric,
-            inner_settings(spec),
+            spec.inner,
             group_size=spec.sampling.group_size,
             attribution=spec.attribution,
             max_length=spec.max_length,
@@ -202,11 +201,6 @@ class Follower:
         if fault is not None:
             raise fault
         return True
-
-
-def inner_settings(spec: LoopSpec) -> InnerSettings:
-    """The inner run of a loop's settings."""
-    return InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch, spec.states)
 
 
 def train(

@@ -4,6 +4,7 @@ Not here: files, settings, messages. Imports none of the rooms that hold them, a
 """
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Plan, Recipe, Schedule
 from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.reverse.reference import reference_metagradient
@@ -11,4 +12,16 @@ from dpg_cli.models import allocator
 
 allocator.settle()
 
-__all__ = ["Examples", "Metagradient", "OptimizerSpec", "metagradient", "reference_metagradient"]
+__all__ = [
+    "Batches",
+    "Examples",
+    "Group",
+    "Groups",
+    "Metagradient",
+    "OptimizerSpec",
+    "Plan",
+    "Recipe",
+    "Schedule",
+    "metagradient",
+    "reference_metagradient",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import BadTypeError, BadValueError
 
@@ -22,7 +23,7 @@ def accepted(model: nn.Module, examples: Any, optimizer: Any, weights_N: Any = N
     """
     if not isinstance(examples, Examples):
         raise BadTypeError(f"The examples are a {type(examples).__name__}, not Examples.", _constructor(examples))
-    if not isinstance(optimizer, OptimizerSpec):
+    if not isinstance(optimizer, OptimizerSpec | Recipe):
         raise BadTypeError(f"The optimiser is a {_kind(optimizer)}, not an OptimizerSpec.", _spec_of(optimizer))
     if not len(examples):
         raise BadValueError("There is no example.")

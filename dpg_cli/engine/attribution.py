@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
-from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
+from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.metagrad import metagradient, refuse_divergence
-from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
@@ -70,16 +69,34 @@ class AttributionSpec:
 
 @dataclass(frozen=True)
 class InnerSettings:
-    """The inner run that every attribution shares: optimiser, B, the loss's normaliser, rows in memory at once, states
-    kept, precision, and the processes that share the work."""
+    """The inner run that every attribution shares: its recipe, or an optimiser alone; B, the loss's normaliser and the
+    precision where they are not the recipe's; rows in memory at once, states kept, and the processes that share the work."""
 
-    optimizer: OptimizerSpec
-    batch_size: int
-    normalization: Normalization = "token"
+    optimizer: OptimizerSpec | Recipe
+    batch_size: int | None = None
+    normalization: Normalization | None = None
     micro_batch: int = 0
     memory: Memory = "keep"
-    precision: Precision = "float32"
+    precision: Precision | None = None
     ranks: Ranks = ALONE
+
+    @property
+    def recipe(self) -> Recipe:
+        """The whole recipe."""
+        return Recipe.of(self.optimizer, self.batch_size, self.normalization, self.precision)
+
+    def target_run(self, model: nn.Module, length: int) -> TargetRun:
+        """The target as the passes see it, for examples of this length; within the recipe's `prepared`."""
+        recipe = self.recipe
+        return TargetRun(
+            model,
+            recipe.space(model),
+            recipe.normalization,
+            length,
+            self.micro_batch,
+            precision=recipe.precision,
+            ranks=self.ranks,
+        )
 
 
 def split(count: int, group_size: int, runs: int, cross_group: bool) -> list[Tensor]:
@@ -122,19 +139,14 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     Raises:
         DegenerateError: if the run or Φ is not finite.
     """
-    with prepared(model) as (target, notes):
+    with inner.recipe.prepared(model) as (target, notes):
         aligned = accepted(target, examples, inner.optimizer).aligned()
-        space, width = ParameterSpace(target), aligned.ids_N_S.shape[1]
-        run = TargetRun(
-            target, space, inner.normalization, width, inner.micro_batch, precision=inner.precision, ranks=inner.ranks
-        )
+        run = inner.target_run(target, aligned.ids_N_S.shape[1])
         finding = selfcheck(run, aligned, need_hvp=False)
         run = finding.apply(run)
         theta = run.space.read(target)
         with torch.enable_grad():
-            trace = inner_run(
-                run, theta, aligned, inner.optimizer, theta.new_ones(len(aligned)), inner.batch_size or len(aligned)
-            )
+            trace = inner_run(run, theta, aligned, inner.recipe, theta.new_ones(len(aligned)))
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
@@ -211,7 +223,7 @@ def attribute_examples(
         lr = spec.sgd_lr or whole.stats["sgd_lr_matched"]
         if not lr > 0:
             raise DegenerateError("The inner run has no gradient, so SGD has no matching learning rate.", "")
-        inner = replace(inner, optimizer=OptimizerSpec("sgd", lr=lr))
+        inner = replace(inner, optimizer=replace(inner.recipe, optimizer=OptimizerSpec("sgd", lr=lr)))
     results = [_metagradient(model, take(examples, rows), metric, inner, labels, sink) for rows in parts]
     stats = {**results[0].stats, **_spread(results)} | ({"sgd_lr": lr} if spec.method == "sgd" else {})
     return replace(
@@ -237,14 +249,11 @@ def _metagradient(
     return metagradient(
         model,
         examples,
-        inner.optimizer,
+        inner.recipe,
         metric,
-        batch_size=inner.batch_size,
-        normalization=inner.normalization,
         micro_batch=inner.micro_batch,
         labels=labels,
         memory=inner.memory,
-        precision=inner.precision,
         ranks=inner.ranks,
         sink=sink,
     )

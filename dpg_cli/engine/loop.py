@@ -24,10 +24,8 @@ from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, add
 from dpg_cli.engine.generator.natural import NaturalPolicy
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
-from dpg_cli.engine.inner.optimizers import OptimizerSpec
-from dpg_cli.engine.inner.product import Precision
+from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.inner.target import Normalization
 from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
@@ -43,15 +41,12 @@ class LoopSpec:
     Attributes:
         steps: outer steps.
         sampling: of the rollouts.
-        optimizer: the inner optimiser.
-        inner_batch: B; T = ceil(N / B).
-        normalization: of the inner loss.
+        recipe: of the inner run.
         micro_batch: rows in memory at once.
         credit: "sequence", "token" or "expected".
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         states: which states of the inner run are kept, see `tape.py`.
-        precision: of the target's linear maps, see `product.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         kl_decay: share of the steps, at the end, over which the KL coefficient falls to (almost) zero.
         max_length: examples are cut and padded to so many target tokens; 0 leaves them as they come.
@@ -62,9 +57,7 @@ class LoopSpec:
 
     steps: int
     sampling: Sampling
-    optimizer: OptimizerSpec
-    inner_batch: int
-    normalization: Normalization
+    recipe: Recipe
     micro_batch: int
     credit: str
     discount: float
@@ -74,11 +67,20 @@ class LoopSpec:
     lr_decay: float = 0.0
     kl_decay: float = 0.0
     states: Memory = "keep"
-    precision: Precision = "float32"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     labels: str = "drawn"
     dataset: int = 0
+
+    @property
+    def inner(self) -> InnerSettings:
+        """The inner run, in one process."""
+        return InnerSettings(self.recipe, micro_batch=self.micro_batch, memory=self.states)
+
+    def rescaled(self, before: int, after: int) -> LoopSpec:
+        """The same for `after` completions in place of `before`: as many inner steps, on larger or smaller batches."""
+        batches = self.recipe.batches.rescaled(before, after)
+        return replace(self, recipe=replace(self.recipe, batches=batches))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -184,15 +186,7 @@ def attribute(
         examples,
         players.metric,
         spec.attribution,
-        InnerSettings(
-            spec.optimizer,
-            spec.inner_batch,
-            spec.normalization,
-            spec.micro_batch,
-            spec.states,
-            spec.precision,
-            players.ranks,
-        ),
+        replace(spec.inner, ranks=players.ranks),
         group_size=rollout.group_size,
         labels=spec.credit == "expected" and sink is None,
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
@@ -206,12 +200,12 @@ def attribute(
 
 def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
-    metric = players.metric
-    if spec.dataset and isinstance(metric, HearsNoise) and len(examples) <= spec.inner_batch:
+    metric, recipe = players.metric, spec.recipe
+    if spec.dataset and isinstance(metric, HearsNoise) and recipe.batches.steps(len(examples)) == 1:
         moments = head_moments(players.target.model, examples, metric.window)
         if moments is not None:
             tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
-            metric.hear(weight_noise(moments, spec.optimizer, tokens))
+            metric.hear(weight_noise(moments, recipe.optimizer, tokens))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
@@ -320,7 +314,7 @@ def train(
     watch = Watch(
         start=metric_before(players.metric, players.target.model),
         dtype=parameter.dtype,
-        optimizer=spec.optimizer,
+        optimizer=spec.recipe.optimizer,
         labels=spec.credit == "expected",
         across=spec.attribution.across,
         soft=spec.labels == "soft",

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
-from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
+from dpg_cli.engine.inner.recipe import Plan, Recipe
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
-from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.phi import metric_gradient, metric_measures
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.records import Examples, Metagradient, Visits
 from dpg_cli.engine.reverse.selfcheck import selfcheck
 from dpg_cli.engine.reverse.walk import reverse
 from dpg_cli.engine.soft import LabelSink
@@ -42,16 +41,18 @@ RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
 def metagradient(
     model: nn.Module,
     examples: Examples,
-    optimizer: OptimizerSpec,
+    optimizer: OptimizerSpec | Recipe,
     metric: TargetMetric | Callable[..., Tensor],
     *,
-    batch_size: int = 0,
+    batch_size: int | None = None,
     weights_N: Tensor | None = None,
-    normalization: Normalization = "token",
+    normalization: Normalization | None = None,
     micro_batch: int = 0,
     labels: bool = False,
+    visits: bool = False,
+    plan: Plan | None = None,
     memory: Memory = "keep",
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     sink: LabelSink | None = None,
@@ -61,18 +62,20 @@ def metagradient(
     Args:
         model: a Hugging Face causal LM; θ_0. It is left unchanged, dropout is off. Parameters with `requires_grad` are
             trained, so that LoRA and frozen layers work as they are. Compiled and data-parallel wrappers are opened.
-        examples: N token sequences, used once each, in order.
-        optimizer: the inner optimiser.
+        examples: N token sequences.
+        optimizer: the recipe of the inner run; an optimiser alone uses each example once, in order, at a constant rate.
         metric: Φ, larger is better: a `TargetMetric`, or a plain function of (parameters, model) or of (model).
-        batch_size: B; 0 takes all examples in one step (T = 1).
+        batch_size: B, instead of the recipe's; 0 takes all examples in one step (T = 1), and so does an optimiser alone.
         weights_N: data weights w, all 1 when None.
-        normalization: Z_t, see `TargetRun`.
+        normalization: Z_t, see `TargetRun`; instead of the recipe's.
         micro_batch: rows in memory at once; changes nothing beyond rounding. 0: see `TargetRun`.
         labels: also return the credit of every label, (N, S, V) numbers.
+        visits: also return the credit of each visit of an example.
+        plan: the examples of each step, instead of the recipe's batches.
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
             accelerator: into host memory). Changes time and memory, and the result by rounding alone.
-        precision: "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has `precision_error`, the
-            relative error of the token credits at the first inner step.
+        precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
+            `precision_error`, the relative error of the token credits at the first inner step.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
         sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
@@ -83,7 +86,8 @@ def metagradient(
 
     Raises:
         DegenerateError: if anything becomes non-finite.
-        UsageError: for a model that no number here would be right for (`inner/prepare.py`, `reverse/selfcheck.py`).
+        UsageError: if the recipe does not fit the model or the number of examples; for a model that no number here would be
+            right for (`inner/prepare.py`, `reverse/selfcheck.py`).
         BadValueError, BadTypeError: for arguments that cannot be meant; they are also ValueError and TypeError.
 
     Example:
@@ -91,38 +95,43 @@ def metagradient(
         >>> most_helpful = result.example_N.argsort(descending=True)
     """
     phi = as_metric(metric)
-    with prepared(model) as (target, notes):
+    recipe = Recipe.of(optimizer, batch_size, normalization, precision)
+    with recipe.prepared(model) as (target, notes):
         given = accepted(target, examples, optimizer, weights_N)
         examples = given.aligned()
-        space = ParameterSpace(target)
+        plan = recipe.batches.plan(len(examples)) if plan is None else plan
         run = TargetRun(
-            target, space, normalization, examples.ids_N_S.shape[1], micro_batch, precision=precision, ranks=ranks
+            target,
+            recipe.space(target),
+            recipe.normalization,
+            examples.ids_N_S.shape[1],
+            micro_batch,
+            precision=recipe.precision,
+            ranks=ranks,
         )
-        batch = batch_size or len(examples)
-        finding = selfcheck(run, examples, need_hvp=len(examples) > batch)
+        finding = selfcheck(run, examples, need_hvp=len(plan) > 1)
         run = finding.apply(run)
         read = partial(run.space.read, target)
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
-        trace = inner_run(run, read(), examples, optimizer, weights, batch, progress, memory, read, True)
+        trace = inner_run(run, read(), examples, recipe, weights, None, progress, memory, read, True, plan)
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
         value, theta_bar = metric_gradient(run, trace.theta, phi)
-        token_N_S, label_N_S_V, stats = reverse(
-            run, trace, examples, optimizer, weights, theta_bar, labels, progress, sink
-        )
+        found = reverse(run, trace, examples, weights, theta_bar, labels, progress, sink, visits)
         return Metagradient(
             value=value,
             measures=metric_measures(run, trace.theta, phi),
-            example_N=token_N_S.sum(1),
-            token_N_S=given.as_given(token_N_S),
-            label_N_S_V=None if label_N_S_V is None else given.as_given(label_N_S_V),
+            example_N=found.token_N_S.sum(1),
+            token_N_S=given.as_given(found.token_N_S),
+            label_N_S_V=None if found.label_N_S_V is None else given.as_given(found.label_N_S_V),
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
-            stats=stats,
+            stats=found.stats,
             notes=(*notes, *([finding.note] if finding.note else [])),
+            visits=None if found.visit_M is None else Visits(*plan.flat, found.visit_M),
         )
 
 

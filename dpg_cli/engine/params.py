@@ -21,13 +21,17 @@ class ParameterSpace:
     Args:
         model: any module; parameters with `requires_grad = False` stay out.
         idle: names of others that stay out, because no gradient ever reaches them: `torch.optim` leaves these alone.
+        order: the names of the trainable parameters in the order that they have in θ; None takes the model's.
 
     Raises:
         BadValueError: if there is none, or they differ in dtype or device.
     """
 
-    def __init__(self, model: nn.Module, idle: frozenset[str] = frozenset()) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in idle]
+    def __init__(
+        self, model: nn.Module, idle: frozenset[str] = frozenset(), order: Sequence[str] | None = None
+    ) -> None:
+        known = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = [(name, known[name]) for name in (known if order is None else order) if name not in idle]
         if not named:
             raise BadValueError("The target has no trainable parameter.", "Set requires_grad on what is to be trained.")
         kinds = {(p.dtype, p.device) for _, p in named}

@@ -104,6 +104,10 @@ class Examples:
         soft = None if self.soft is None else self.soft.take(index)
         return self._of(lambda part: part[index], soft)
 
+    def at(self, rows: slice | Tensor) -> Examples:
+        """The rows of a slice or an index list (int64, on any device), cut to their longest sequence."""
+        return self.rows(rows.start, rows.stop) if isinstance(rows, slice) else self.take(rows).rows(0, len(rows))
+
     def to(self, device: torch.device | str) -> Examples:
         """The same examples on another device."""
         soft = None if self.soft is None else self.soft.to(device)
@@ -225,6 +229,21 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Visits:
+    """The M visits of examples in a run of T steps, in its order.
+
+    Attributes:
+        step_M: t of each, int64 on the CPU.
+        example_M: which example, int64 on the CPU.
+        credit_M: ∂Φ/∂w of the example's loss in that step alone.
+    """
+
+    step_M: Tensor
+    example_M: Tensor
+    credit_M: Tensor
+
+
+@dataclass(frozen=True)
 class Metagradient:
     """What one inner run and its reverse pass give.
 
@@ -238,6 +257,7 @@ class Metagradient:
         gradient_median: median |g_0| over parameters with a gradient, what ε must be compared with.
         stats: further figures of the inner run for the log.
         notes: what was chosen for this model and was not asked for, a sentence each.
+        visits: τ of each visit of an example, which sum to its τ_i; None unless asked for.
     """
 
     value: float
@@ -249,6 +269,7 @@ class Metagradient:
     gradient_median: float
     stats: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    visits: Visits | None = None
 
     def __repr__(self) -> str:
         """Three lines: Φ and its measures, the rewards, what was kept."""

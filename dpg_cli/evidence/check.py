@@ -12,7 +12,6 @@ import torch
 
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.trial import try_out
-from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.detect import metric_before, refuse_dead_reward
 from dpg_cli.engine.generator.align import read_completions
 from dpg_cli.engine.generator.credit import assign
@@ -74,10 +73,9 @@ def check(
 
 def scaled(spec: LoopSpec, config: Config, count: int) -> LoopSpec:
     """The loop's settings for fewer completions: the same T, and inner runs that they can fill."""
-    steps = min(config.inner_steps, count)
     wanted, groups = spec.attribution, count // config.rollout.group_size
     runs = min(wanted.runs, groups if wanted.cross_group else count)
-    return replace(spec, inner_batch=-(-count // steps), attribution=replace(wanted, runs=runs))
+    return replace(spec.rescaled(config.examples_per_step, count), attribution=replace(wanted, runs=runs))
 
 
 def _attribution(
@@ -95,8 +93,7 @@ def _attribution(
         refuse_dead_reward(result, spec.attribution.per_example)
         before = metric_before(players.metric, players.target.model)
         examples = read_completions(rollout, players.generator, players.target, spec.max_length).examples
-        inner = InnerSettings(spec.optimizer, spec.inner_batch, spec.normalization, spec.micro_batch)
-        probe = Probe(players.target.model, players.metric, examples, inner)
+        probe = Probe(players.target.model, players.metric, examples, replace(spec.inner, memory="keep"))
         theta, grad, final, theta_bar = probe.start()
     except DegenerateError as error:
         return [_dead(error, config)]
@@ -108,8 +105,9 @@ def _attribution(
     read = (theta_bar != 0) & (grad != 0)
     unit = float(result.example_N.abs().sum()) if method == "metagradient" else 0.0
     exact = theta.double()
-    planned = update(spec.optimizer, initial_state(spec.optimizer, exact), grad.double(), 0).theta - exact
-    found = [movement(before, result.value, spec.optimizer.lr, theta, final, planned, read, unit)]
+    optimizer = spec.recipe.optimizer
+    planned = update(optimizer, initial_state(optimizer, exact), grad.double(), 0).theta - exact
+    found = [movement(before, result.value, optimizer.lr, theta, final, planned, read, unit)]
     found.append(
         spread(
             credit.stats,
@@ -122,14 +120,14 @@ def _attribution(
     )
     if not gradient_method:
         return found
-    optimizer = spec.optimizer
     if method == "sgd":
         optimizer = OptimizerSpec("sgd", lr=result.stats["sgd_lr"])
     sign = epsilon(optimizer, grad, theta_bar, config.inner_steps)
     found.append(sign)
     if found[0].verdict == "fail":  # differences of a metric that does not move would measure rounding
         return found
-    probe = _precise(config, built, replace(probe, inner=replace(inner, optimizer=optimizer)), make)
+    inner = replace(probe.inner, optimizer=replace(spec.recipe, optimizer=optimizer))
+    probe = _precise(config, built, replace(probe, inner=inner), make)
     try:
         on_stage("finite differences")
         found.append(finite_differences(probe.first(DIFFERENCES), sign.suggested))

@@ -11,7 +11,7 @@ generator walks along it in finite steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.metagrad import metagradient
-from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.phi import metric_gradient, metric_value
 from dpg_cli.engine.records import Examples
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
@@ -53,46 +52,42 @@ class Probe:
     @property
     def run(self) -> TargetRun:
         """The target with the choices of its inner run."""
-        length = self.examples.ids_N_S.shape[1]
-        return TargetRun(
-            self.model, ParameterSpace(self.model), self.inner.normalization, length, self.inner.micro_batch
-        )
+        return self.inner.target_run(self.model, self.examples.ids_N_S.shape[1])
 
     def first(self, count: int) -> Probe:
         """The first examples alone, in as many inner steps as before."""
         count = min(count, len(self.examples))
-        steps = -(-len(self.examples) // self.inner.batch_size)
-        inner = InnerSettings(
-            self.inner.optimizer, max(1, count // min(steps, count)), self.inner.normalization, self.inner.micro_batch
-        )
+        recipe = self.inner.recipe
+        recipe = replace(recipe, batches=recipe.batches.rescaled(len(self.examples), count))
+        inner = InnerSettings(recipe, micro_batch=self.inner.micro_batch)
         return Probe(self.model, self.metric, take(self.examples, torch.arange(count)), inner)
 
     def end(self, weights_N: Tensor | None = None) -> tuple[float, Tensor]:
         """Φ and θ_T with these data weights."""
-        run = self.run
-        theta = run.space.read(self.model)
-        weights = theta.new_ones(len(self.examples)) if weights_N is None else weights_N.to(theta)
-        final = inner_run(run, theta, self.examples, self.inner.optimizer, weights, self.inner.batch_size).theta
-        with torch.no_grad():
-            return metric_value(run, final, self.metric), final
+        with self.inner.recipe.prepared(self.model):
+            run = self.run
+            theta = run.space.read(self.model)
+            weights = theta.new_ones(len(self.examples)) if weights_N is None else weights_N.to(theta)
+            final = inner_run(run, theta, self.examples, self.inner.recipe, weights).theta
+            with torch.no_grad():
+                return metric_value(run, final, self.metric), final
 
     def start(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """θ_0, g_0, θ_T and ∂Φ/∂θ_T of the run with all weights 1."""
-        run = self.run
-        theta = run.space.read(self.model)
-        weights = theta.new_ones(len(self.examples))
-        trace = inner_run(run, theta, self.examples, self.inner.optimizer, weights, self.inner.batch_size)
-        return theta, trace.steps[0].grad, trace.theta, metric_gradient(run, trace.theta, self.metric)[1]
+        with self.inner.recipe.prepared(self.model):
+            run = self.run
+            theta = run.space.read(self.model)
+            weights = theta.new_ones(len(self.examples))
+            trace = inner_run(run, theta, self.examples, self.inner.recipe, weights)
+            return theta, trace.steps[0].grad, trace.theta, metric_gradient(run, trace.theta, self.metric)[1]
 
     def rewards(self) -> Tensor:
         """τ, (N,)."""
         return metagradient(
             self.model,
             self.examples,
-            self.inner.optimizer,
+            self.inner.recipe,
             self.metric,
-            batch_size=self.inner.batch_size,
-            normalization=self.inner.normalization,
             micro_batch=self.inner.micro_batch,
         ).example_N
 
@@ -125,7 +120,7 @@ def finite_differences(probe: Probe, eps_first: str = "") -> Finding:
     if verdict != "ok":
         reason = "cannot be told from rounding" if best <= 3 * floor else "Φ bends within so small a step"
         says += f"; {reason} (rounding {floor:.1e})"
-    lr = rounded(probe.inner.optimizer.lr * (10 if best <= 3 * floor else 0.1))
+    lr = rounded(probe.inner.recipe.optimizer.lr * (10 if best <= 3 * floor else 0.1))
     change = ("inner.eps", eps_first) if eps_first else ("inner.lr", lr)
     return Finding(
         "finite differences",
@@ -166,7 +161,9 @@ def metasmoothness(probe: Probe, eps_first: str = "") -> Finding:
     )
     if noise > 0.1:
         says += "; measured within rounding"
-    setting, suggested = ("inner.eps", eps_first) if eps_first else ("inner.lr", rounded(probe.inner.optimizer.lr / 3))
+    setting, suggested = (
+        ("inner.eps", eps_first) if eps_first else ("inner.lr", rounded(probe.inner.recipe.optimizer.lr / 3))
+    )
     return Finding(
         "metasmoothness",
         verdict,

@@ -1,8 +1,8 @@
 """The inner run: an ordinary fine-tuning run of T optimiser steps, with what its reverse needs kept on a tape.
 
-    L_t = Σ_{i in batch t} w_i Σ_s mask_is ℓ_is(θ_t) / Z_t,   g_t = ∇L_t,   (θ, m, v)_{t+1} = U(g_t, (θ, m, v)_t)
+    L_t = Σ_{i in batch t} w_i Σ_s mask_is ℓ_is(θ_t) / Z_t,   g_t = clip(∇L_t),   (θ, m, v)_{t+1} = U_t(g_t, (θ, m, v)_t)
 
-Source: DESIGN §2, step 2.
+Source: DESIGN §2, step 2; what a recipe adds, §7 (`recipe/`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state, update
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state
+from dpg_cli.engine.inner.recipe.plan import Plan
+from dpg_cli.engine.inner.recipe.spec import Recipe
+from dpg_cli.engine.inner.recipe.stepper import Stepper
 from dpg_cli.engine.inner.remembered import Remembered
 from dpg_cli.engine.inner.tape import KeepTape, Memory, OriginTape, Step, Tape, make_tape
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
@@ -29,17 +32,21 @@ class InnerRun:
     """A finished inner run.
 
     Attributes:
-        tape: the T steps; `reverse` uses it up.
-        batches: the rows (start, stop) of each step.
+        tape: the T steps; `reverse` uses it up. Its gradients are the clipped ones.
+        plan: the examples of each step.
+        stepper: the recipe's optimiser step.
         theta: θ_T.
         losses: of each step.
-        gradient_median: median |g_0| over parameters with a gradient (of an even sample).
+        norms: |g_t| of each step before clipping; 0 without clipping.
+        gradient_median: median |g_0| over parameters with a gradient (of an even sample), after clipping.
     """
 
     tape: Tape
-    batches: list[tuple[int, int]]
+    plan: Plan
+    stepper: Stepper
     theta: Tensor
     losses: list[float]
+    norms: list[float]
     gradient_median: float
 
     @property
@@ -54,60 +61,72 @@ def inner_run(
     run: TargetRun,
     theta: Tensor,
     examples: Examples,
-    spec: OptimizerSpec,
+    recipe: OptimizerSpec | Recipe,
     weights_N: Tensor,
-    batch_size: int,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     memory: Memory = "keep",
     origin: Callable[[], Tensor] | None = None,
     remember: bool = False,
+    plan: Plan | None = None,
 ) -> InnerRun:
-    """Fine-tune from θ_0 with fresh optimiser state, each example used once, in order.
+    """Fine-tune from θ_0 with fresh optimiser state.
 
     Args:
         run: the target and its settings; the model's own parameters stay as they are.
         theta: θ_0, shape (n,).
         examples: N sequences.
-        spec: the inner optimiser.
+        recipe: of the run; an optimiser alone stands for each example once, in order. Loss normaliser and precision are
+            those of `run`.
         weights_N: data weights.
-        batch_size: B; the last batch may be smaller. T = ceil(N / B).
+        batch_size: B, instead of the recipe's; 0 takes all.
         memory: which states are kept, see `tape.py`.
         origin: gives θ_0 again, so that it need not be kept.
         remember: keep products for the dual passes of `reverse`, where the states are kept too.
+        plan: the examples of each step, instead of the recipe's batches.
     """
-    batches = [(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
-    total = len(batches)
+    recipe = Recipe.of(recipe, batch_size)
+    plan = recipe.batches.plan(len(examples)) if plan is None else plan
+    total = len(plan)
+    stepper = Stepper(run, recipe, total)
 
-    def gradient(number: int, at: Tensor, remembered: Remembered | None = None) -> tuple[Tensor, float]:
-        start, stop = batches[number]
-        return loss_gradient(run, at, examples.rows(start, stop), weights_N[start:stop], remembered)
+    def gradient(number: int, at: Tensor, remembered: Remembered | None = None) -> tuple[Tensor, float, float]:
+        rows = plan.rows[number]
+        grad, loss = loss_gradient(run, at, examples.at(rows), weights_of(weights_N, rows), remembered)
+        return grad, loss, stepper.clip_(grad)
 
     tape = make_tape(
         memory,
         total,
         theta,
         lambda number, at: gradient(number, at if len(at) or origin is None else origin())[0],
-        lambda number, state, grad: update(
-            spec, state if len(state.theta) or origin is None else state._replace(theta=origin()), grad, number
+        lambda number, state, grad: stepper.update(
+            state if len(state.theta) or origin is None else state._replace(theta=origin()), grad, number
         ),
     )
     if origin is not None:
         tape = OriginTape(tape, origin)
-    state = initial_state(spec, theta)
+    state = initial_state(recipe.optimizer, theta)
     del theta
-    losses, median = [], 0.0
+    losses, norms, median = list[float](), list[float](), 0.0
     for number in range(total):
         remembered = Remembered() if remember and memory == "keep" else None
-        grad, loss = gradient(number, state.theta, remembered)
+        grad, loss, norm = gradient(number, state.theta, remembered)
         tape.record(number, Step(state, grad, remembered))
         losses.append(loss)
+        norms.append(norm)
         if number == 0:
             median = gradient_median(grad)
-        state = update(spec, state, grad, number, last=number == total - 1)
+        state = stepper.update(state, grad, number, last=number == total - 1)
         del grad
         if progress is not None:
             progress("forward", number + 1, total)
-    return InnerRun(tape, batches, state.theta, losses, median)
+    return InnerRun(tape, plan, stepper, state.theta, losses, norms, median)
+
+
+def weights_of(weights_N: Tensor, rows: slice | Tensor) -> Tensor:
+    """The data weights of a step's examples."""
+    return weights_N[rows] if isinstance(rows, slice) else weights_N[rows.to(weights_N.device)]
 
 
 def gradient_median(grad: Tensor) -> float:

@@ -64,7 +64,7 @@ class Finding:
         """The run as it is to be made."""
         if self == Finding():
             return run
-        space = ParameterSpace(run.model, self.idle) if self.idle else run.space
+        space = ParameterSpace(run.model, self.idle, run.space.names) if self.idle else run.space
         return replace(run, space=space, second_order=self.second_order, masked=self.masked)
 
 

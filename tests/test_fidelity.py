@@ -1,0 +1,213 @@
+"""Our inner run against the trainer that people use: TRL's SFTTrainer on the same tokens, seed and recipe.
+
+The distance of the final weights is measured against the whole update. In float32 both round, each in its own order; in
+float64, where the Trainer runs in it, what is left is the method's.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from builders import VOCAB, make_examples, make_target
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from dpg_cli.engine import Batches, Examples, Groups, OptimizerSpec, Recipe, Schedule
+from dpg_cli.engine.inner.run import inner_run
+from dpg_cli.engine.inner.target import TargetRun
+
+trl = pytest.importorskip("trl")
+
+SEED = 11
+TRAINER = ("biases", "norms")
+PLAIN = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def adamw(**changes: float) -> OptimizerSpec:
+    return OptimizerSpec("adamw", **{"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, **changes})
+
+
+CASES: dict[str, tuple[dict[str, Any], Recipe]] = {  # what the trainer is told, and our recipe but for order and seed
+    "plain": (PLAIN, Recipe(adamw(), batches=Batches(4))),
+    "cosine, warm-up, clipping": (
+        {**PLAIN, "lr_scheduler_type": "cosine", "warmup_steps": 0.2, "max_grad_norm": 0.7, "num_train_epochs": 2},
+        Recipe(adamw(), Schedule("cosine", warmup=0.2), 0.7, batches=Batches(4, epochs=2)),
+    ),
+    "decay groups": (
+        {**PLAIN, "weight_decay": 0.3, "adam_beta2": 0.95, "lr_scheduler_type": "linear"},
+        Recipe(
+            adamw(weight_decay=0.3, beta2=0.95), Schedule("linear"), groups=Groups(no_decay=TRAINER), batches=Batches(4)
+        ),
+    ),
+    "three epochs, last batch dropped": (
+        {**PLAIN, "num_train_epochs": 3, "dataloader_drop_last": True},
+        Recipe(adamw(), batches=Batches(4, epochs=3, drop_last=True)),
+    ),
+    "accumulation of ragged batches": (
+        {**PLAIN, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2},
+        Recipe(adamw(), batches=Batches(2, accumulation=3, epochs=2)),
+    ),
+    "given order, so many steps, inverse square root": (
+        {
+            **PLAIN,
+            "train_sampling_strategy": "sequential",
+            "max_steps": 9,
+            "lr_scheduler_type": "inverse_sqrt",
+            "warmup_steps": 2,
+        },
+        Recipe(adamw(), Schedule("inverse-sqrt", warmup=2), batches=Batches(4, max_steps=9, order="given")),
+    ),
+    "restarts, half an epoch more": (
+        {
+            **PLAIN,
+            "num_train_epochs": 2.5,
+            "lr_scheduler_type": "cosine_with_restarts",
+            "lr_scheduler_kwargs": {"num_cycles": 3},
+            "max_grad_norm": 0.5,
+        },
+        Recipe(adamw(), Schedule("restarts", cycles=3), 0.5, batches=Batches(4, epochs=2.5)),
+    ),
+    "polynomial, own ε": (
+        {
+            **PLAIN,
+            "adam_epsilon": 1e-4,
+            "lr_scheduler_type": "polynomial",
+            "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 1e-4},
+            "warmup_steps": 1,
+        },
+        Recipe(adamw(eps=1e-4), Schedule("polynomial", warmup=1, power=2.0, end=1e-4), batches=Batches(4)),
+    ),
+    "warm-up, stable, decay": (
+        {
+            **PLAIN,
+            "num_train_epochs": 2,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 3, "min_lr_ratio": 0.1},
+            "warmup_steps": 2,
+        },
+        Recipe(adamw(), Schedule("stable-decay", warmup=2, decay_steps=3, floor=0.1), batches=Batches(4, epochs=2)),
+    ),
+    "SGD, clipped": (
+        {**PLAIN, "optim": "sgd", "weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"},
+        Recipe(
+            OptimizerSpec("sgd", lr=1.0, weight_decay=0.1),
+            Schedule("cosine"),
+            1.0,
+            groups=Groups(no_decay=TRAINER),
+            batches=Batches(4),
+        ),
+    ),
+    "completions only, everything on": (
+        {
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 3,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": 0.1,
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "data_seed": 4,
+        },
+        Recipe(
+            adamw(weight_decay=0.1, beta2=0.95),
+            Schedule("cosine", warmup=0.1, floor=0.1),
+            1.0,
+            groups=Groups(no_decay=TRAINER),
+            batches=Batches(3, accumulation=2, epochs=3, seed=4),
+        ),
+    ),
+}
+
+
+def trained_by_trl(model: nn.Module, examples: Examples, arguments: dict[str, Any], folder: Path) -> nn.Module:
+    """The model after SFTTrainer, on rows that are tokens already."""
+    words = WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w0", pad_token="w0")
+    lengths = examples.attention_N_S.sum(1).tolist()
+    rows = [
+        {
+            "input_ids": examples.ids_N_S[row, :length].tolist(),
+            "labels": examples.ids_N_S[row, :length].masked_fill(~examples.label_N_S[row, :length], -100).tolist(),
+        }
+        for row, length in enumerate(lengths)
+    ]
+    config = trl.SFTConfig(
+        str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=10**6,
+        gradient_checkpointing=False, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, **arguments,
+    )  # fmt: skip
+    double = next(model.parameters()).dtype == torch.float64
+    trainer = trl.SFTTrainer(
+        model,
+        config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        compute_loss_func=mean_loss if double else None,
+    )
+    trainer.train()
+    return model
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """What the trainer computes, in the precision of the logits: TRL's own and transformers' round to float32."""
+    losses = nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+    return losses / num_items_in_batch
+
+
+def trained_by_us(model: nn.Module, examples: Examples, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The weights after our inner run."""
+    with recipe.prepared(model):
+        run = TargetRun(model, recipe.space(model), recipe.normalization, examples.ids_N_S.shape[1])
+        theta = run.space.read(model)
+        final = inner_run(run, theta, examples, recipe, theta.new_ones(len(examples))).theta
+        return {name: view.clone() for name, view in run.space.views(final).items()}
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: nn.Module, start: nn.Module) -> float:
+    """|ours - theirs| / |theirs - start| over all weights but GPT-2's key bias, whose gradient is zero but for rounding:
+    under Adam with a small ε it goes where the rounding points."""
+    before, after = dict(start.named_parameters()), dict(theirs.named_parameters())
+    ours = {name: value for name, value in ours.items() if not name.endswith("c_attn.bias")}
+    apart = sum(float((ours[name] - after[name].detach()).double().square().sum()) for name in ours)
+    moved = sum(float((after[name] - before[name]).detach().double().square().sum()) for name in ours)
+    return (apart / moved) ** 0.5
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def compared(name: str, architecture: str, dtype: torch.dtype, folder: Path) -> float:
+    arguments, recipe = CASES[name]
+    examples = make_examples(14, longest=12, seed=3)
+    if "completions" in name:
+        lengths = examples.attention_N_S.sum(1).tolist()
+        sequences = [examples.ids_N_S[row, :length].tolist() for row, length in enumerate(lengths)]
+        examples = Examples.from_sequences([sequence for sequence in sequences if len(sequence) > 4], prefix=3)
+    model = without_dropout(make_target(architecture, tied=True, dtype=dtype))
+    start = copy.deepcopy(model)
+    batches = recipe.batches
+    if arguments.get("train_sampling_strategy") != "sequential":
+        batches = replace(batches, order="shuffled", seed=batches.seed or SEED)
+    ours = trained_by_us(model, examples, replace(recipe, batches=batches))
+    told = {**arguments, "seed": SEED, "learning_rate": recipe.optimizer.lr}
+    return distance(ours, trained_by_trl(model, examples, told, folder), start)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_weights_as_trl(name: str, tmp_path: Path) -> None:
+    architecture = "gpt2" if len(name) % 2 else "llama"
+    assert compared(name, architecture, torch.float64, tmp_path) < 1e-12
+    assert compared(name, architecture, torch.float32, tmp_path) < 5e-6
