@@ -22,7 +22,7 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.run import inner_run
-from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.inner.tape import FirstTape, Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.params import ParameterSpace
@@ -133,8 +133,9 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
         theta = run.space.read(target)
         with torch.enable_grad():
             trace = inner_run(
-                run, theta, aligned, inner.optimizer, theta.new_ones(len(aligned)), inner.batch_size or len(aligned)
-            )
+                run, theta, aligned, inner.optimizer, theta.new_ones(len(aligned)), inner.batch_size or len(aligned),
+                tape=FirstTape(),
+            )  # fmt: skip
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)

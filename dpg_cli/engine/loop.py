@@ -89,6 +89,18 @@ class LoopSpec:
         """Settings of the policy step of an outer step."""
         return replace(self.policy, kl=self.policy.kl * self._fall(step, self.kl_decay))
 
+    def inner(self, ranks: Ranks = ALONE) -> InnerSettings:
+        """Settings of the inner runs."""
+        return InnerSettings(
+            self.optimizer,
+            self.inner_batch,
+            self.normalization,
+            self.micro_batch,
+            self.states,
+            self.precision,
+            ranks,
+        )
+
     def _fall(self, step: int, share: float) -> float:
         """From 1 linearly to (almost) 0 over the last `share` of the steps."""
         span = share * self.steps
@@ -184,15 +196,7 @@ def attribute(
         examples,
         players.metric,
         spec.attribution,
-        InnerSettings(
-            spec.optimizer,
-            spec.inner_batch,
-            spec.normalization,
-            spec.micro_batch,
-            spec.states,
-            spec.precision,
-            players.ranks,
-        ),
+        spec.inner(players.ranks),
         group_size=rollout.group_size,
         labels=spec.credit == "expected" and sink is None,
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,

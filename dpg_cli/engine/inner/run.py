@@ -44,7 +44,7 @@ class InnerRun:
 
     @property
     def steps(self) -> list[Step]:
-        """The stored steps, where all are kept in memory."""
+        """The stored steps, where they are kept in memory."""
         if not isinstance(self.tape, KeepTape):
             raise TypeError("only an inner run with memory='keep' has its steps at hand")
         return list(self.tape.steps)
@@ -61,6 +61,7 @@ def inner_run(
     memory: Memory = "keep",
     origin: Callable[[], Tensor] | None = None,
     remember: bool = False,
+    tape: Tape | None = None,
 ) -> InnerRun:
     """Fine-tune from θ_0 with fresh optimiser state, each example used once, in order.
 
@@ -74,6 +75,7 @@ def inner_run(
         memory: which states are kept, see `tape.py`.
         origin: gives θ_0 again, so that it need not be kept.
         remember: keep products for the dual passes of `reverse`, where the states are kept too.
+        tape: takes the steps in place of that for `memory`.
     """
     batches = [(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
     total = len(batches)
@@ -82,7 +84,7 @@ def inner_run(
         start, stop = batches[number]
         return loss_gradient(run, at, examples.rows(start, stop), weights_N[start:stop], remembered)
 
-    tape = make_tape(
+    tape = tape or make_tape(
         memory,
         total,
         theta,
