@@ -7,6 +7,7 @@ rounding. Memory is the model's, the optimiser's, four bytes a token of the data
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ Progress = Callable[[int, int], None]  # examples done, of how many
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody sees."""
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told how far a verification is.
+
+    Attributes:
+        stage: called with the name of each stage that begins.
+        progress: called within a stage.
+    """
+
+    stage: Callable[[str], None] = lambda name: None
+    progress: Progress = silent
+
+
+UNWATCHED = Watcher()
 
 
 def require_stock_optimizer(inner: InnerConfig) -> None:
