@@ -52,13 +52,13 @@ class Shown:
     Attributes:
         number: of its row.
         prompt, text: what it was written for, and what it says; cut after `LONGEST` characters.
-        nats: nats a token by each reader's name.
+        nats: nats a token by each reader's name; None for a text without tokens.
     """
 
     number: int
     prompt: str
     text: str
-    nats: dict[str, float]
+    nats: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ class Fluency:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "nats": [{**asdict(row), "ratio": row.ratio} for row in self.nats]}
+        """For JSON, which has no NaN: the standard error from a single row is None."""
+        nats = [
+            {**asdict(row), "ratio": row.ratio, "error": row.error if math.isfinite(row.error) else None}
+            for row in self.nats
+        ]
+        return {**asdict(self), "nats": nats}
 
     def lines(self, data: str = "data", control: str = "control") -> list[str]:
         """For people; the two datasets by these names."""
@@ -197,8 +201,8 @@ def fold_keys(data: Side, control: Side) -> tuple[list[str], list[str]]:
 def shown(side: Side, costs: dict[str, Cost], places: Sequence[int]) -> tuple[Shown, ...]:
     """Some examples with what they cost each reader."""
 
-    def mean(cost: Cost, place: int) -> float:
-        return float(cost.nats_N[place] / cost.tokens_N[place]) if cost.tokens_N[place] else math.nan
+    def mean(cost: Cost, place: int) -> float | None:
+        return float(cost.nats_N[place] / cost.tokens_N[place]) if cost.tokens_N[place] else None
 
     return tuple(
         Shown(

@@ -82,20 +82,20 @@ def judge_run(
     form = prompt_format(start.tokenizer, start.name, asked.chat, asked.instruction, asked.max_tokens)
     sampled = Sampled(config.rollout.temperature, config.rollout.min_tokens, start.end_ids, start.silent_ids)
 
-    def read(model: LanguageModel, name: str, parts: list[Read]) -> tuple[Cost, Cost]:
+    def read(model: LanguageModel, name: str, parts: list[Read], drawn: Sampled | None = None) -> tuple[Cost, Cost]:
         watch.stage(f"nats a token under {name}")
-        one, other = (cost(model, part.contexts, part.completions, sampled, watch.progress) for part in parts)
+        one, other = (cost(model, part.contexts, part.completions, drawn, watch.progress) for part in parts)
         return one, other
 
     own = [Read(encoded(form, side.prompts or [""] * len(side.tokens)), side.tokens) for side in sides]
-    costs = {START: read(start, f"the {START}", own)}
+    costs = {START: read(start, f"the {START}", own, sampled)}
     if reader is not None:
         parts = own if same_tokenizer(start, reader) else [in_its_tokens(reader, side, config) for side in sides]
         costs[reader.name] = read(reader, reader.name, parts)
     telling, kl = judged.telling, None
     try:
         generator = load(str(folder.generator), device=device, dtype=config.models.dtype)
-        trained = read(generator, "the trained generator", own)
+        trained = read(generator, "the trained generator", own, sampled)
         if not all(map(finite, (*costs[START], *trained))):
             raise UsageError("A generator gives one of the rows no probability.")
         ratio, kl = by_ratio((costs[START][0], trained[0]), (costs[START][1], trained[1]))
