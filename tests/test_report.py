@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dpg_cli.cli import main
 from dpg_cli.evidence.effect import EffectVerdict, Reading
+from dpg_cli.evidence.fluency.auc import Auc
+from dpg_cli.evidence.fluency.judge import Fluency, Judged, Shown, Telling
+from dpg_cli.evidence.fluency.nats import Comparison
 from dpg_cli.evidence.verify import PatternReading, PatternVerdict
 from dpg_cli.report import write_report
 from dpg_cli.report.charts import MOST_POINTS, Chart, Line, thinned, tick_labels, ticks
@@ -199,6 +203,58 @@ def test_the_table_of_a_verdict_by_margins(tmp_path: Path) -> None:
         ["norm before fine-tuning", "5", "5"],
         ["norm of target/ as saved", "3.5", "\u2013"],
     ]
+
+
+def fluent(text: str = "a text") -> Fluency:
+    telling = Telling("token and bigram counts", Auc(0.5123, 0.003), Auc(0.61, 0.02))
+    example = Shown(7, "a prompt", text, {"starting generator": 3.25, "other": None})
+    return Fluency(
+        (32_768, 32_768),
+        (Comparison("starting generator", 3.2146, 3.2033, 0.0113, 0.0021),),
+        0.0087,
+        (telling,),
+        (example,) * 5,
+        (replace(example, number=9),) * 5,
+        ("a note",),
+    )
+
+
+def test_how_it_reads_beside_its_control(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    reading = PatternReading("HI", 1.0, 120, 1)
+    save_verdict(folder, Judged(PatternVerdict("HI", reading, reading), fluent()))
+    page = read(folder)
+    check_structure(page)
+    words = "".join(page.text.split())  # cells have no space between them
+    for text in (
+        "on 32,768 examples of each",
+        "starting generator 3.2146 3.2033 +0.0113 ± 0.0021 1.0114",
+        "token and bigram counts 0.5123 ± 0.0030 0.6100 ± 0.0200",
+        "0.0087 nats likelier",
+        "a note",
+        "example 7 · nats a token: 3.2500 under starting generator, – under other Prompt a prompt a text",
+    ):
+        assert text.replace(" ", "") in words, text
+    assert (words.count("example7·"), words.count("example9·")) == (5, 5)
+    pq.write_table(pq.read_table(folder.dataset / "control.parquet").slice(1), folder.dataset / "control.parquet")
+    assert "How it reads beside" not in read(folder).text
+
+
+@pytest.mark.parametrize("damage", [
+    "x", None, [], {"nats": 3, "telling": {}, "data": "x", "examples": [None]},
+    {"nats": [None, {"reader": 3, "data": "x", "ratio": 1e400}], "telling": [{"example": 3, "many": {"value": True}}], "kl": "x",
+     "data": [{"number": "x", "nats": [1], "text": 3}], "notes": [3], "examples": ["x", 2]},
+], ids=["text", "nothing", "list", "kinds", "parts"])  # fmt: skip
+def test_a_strange_judgement_makes_no_strange_page(damage: Any, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    reading = PatternReading("HI", 1.0, 120, 1)
+    save_verdict(folder, Judged(PatternVerdict("HI", reading, reading), fluent(HOSTILE)))
+    check_structure(read(folder))
+    path = folder.path / "verify.json"
+    kept = json.loads(path.read_text())
+    kept["details"]["fluency"] = damage
+    path.write_text(json.dumps(kept))
+    check_structure(read(folder))
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from dpg_cli.cli.session import stopping
 from dpg_cli.driver import checkpoint as checkpoints
 from dpg_cli.driver.build import build
 from dpg_cli.driver.execute import StopRequest, execute, finished
+from dpg_cli.driver.state import capture, restore
 from dpg_cli.engine.loop import StepReport
-from dpg_cli.engine.state import capture, restore
 from dpg_cli.errors import DegenerateError, InterruptedRunError, UsageError
 from dpg_cli.runs.files import replacing
 from dpg_cli.runs.folder import RunFolder

@@ -11,7 +11,7 @@ import torch
 from builders import save_gpt2
 from test_ranks import HERE, started
 
-from dpg_cli.driver.trl_needs import require_trl
+from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings
 from dpg_cli.errors import ConfigError, DegenerateError, UsageError

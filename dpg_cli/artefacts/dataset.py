@@ -1,44 +1,40 @@
-"""The synthetic dataset that a run leaves: sampled from the trained generator, attributed, written as parquet with a card.
+"""The synthetic dataset that a run leaves: sampled from the trained generator, fine-tuned on and attributed, with a card.
 
-The columns are in `rows`, the card's text in `card`; both are free of torch.
+It is drawn in parts, so that memory does not grow with its completions; `draft` carries the parts to the disk. The columns
+are in `rows`, the card's text in `card`; both are free of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from dpg_cli.artefacts.card import Results, Rows, columns_text, dataset_card, effect_of
 from dpg_cli.artefacts.rows import ROWS_AT_ONCE, SCHEMA
 from dpg_cli.data.prompts import PromptSampler
-from dpg_cli.engine.attribution import AttributionSpec
-from dpg_cli.engine.generator.align import completion_texts, read_completions
-from dpg_cli.engine.generator.rollout import sample
-from dpg_cli.engine.loop import LoopSpec, Players, attribute
+from dpg_cli.engine.attribution import AttributionSpec, attribute_examples, effect
+from dpg_cli.engine.generator.align import Reading, completion_texts
+from dpg_cli.engine.generator.rollout import sample, table_source
+from dpg_cli.engine.loop import LoopSpec, Players, tell_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Metagradient, Rollout
+from dpg_cli.engine.records import Examples, Metagradient, Rollout
 from dpg_cli.models.loading import LanguageModel
-from dpg_cli.runs.folder import RunFolder, replacing, write_text
+from dpg_cli.runs.folder import RunFolder, write_text
 from dpg_cli.settings.config import Config
 
-
-@dataclass(frozen=True)
-class Synthetic:
-    """A sampled dataset, what one fine-tuning run on all of it does, and τ of each completion token, (N, K)."""
-
-    rollout: Rollout
-    result: Metagradient
-    token_N_K: Tensor
+Progress = Callable[[int, int], None]  # examples done, of how many
 
 
-def draw(
+def silent(done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+def draws(
     generator: LanguageModel,
     spec: LoopSpec,
     prompts: PromptSampler,
@@ -46,8 +42,9 @@ def draw(
     step: int,
     seed: int,
     ranks: Ranks = ALONE,
-) -> Rollout:
-    """Sample a dataset.
+    progress: Progress = silent,
+) -> Iterator[Rollout]:
+    """Sample a dataset in parts of about `ROWS_AT_ONCE` rows. How it is cut into parts changes no row.
 
     Args:
         generator: what writes it.
@@ -57,24 +54,57 @@ def draw(
         step: where in the prompts' order to begin.
         seed: of the sampling.
         ranks: the processes that share the work.
+        progress: called after each batch.
     """
-    groups = -(-examples // spec.sampling.group_size)
+    size = spec.sampling.group_size
+    groups = -(-examples // size)
     texts = PromptSampler(prompts.prompts, groups, prompts.seed + 1 + step).at(0)
     device = next(generator.model.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
-    rollout = sample(generator.model, generator.tokenizer, texts, spec.sampling, rng, ranks=ranks)
-    return rollout.rows(torch.arange(examples, device=device))
+    table_rng = table_source(rng) if spec.sampling.portable or ranks.world > 1 else None
+    # of groups; whole batches draw from `rng` as one call would
+    batch = max(1, spec.sampling.batch_size // size) * ranks.world
+    part = batch * max(1, ROWS_AT_ONCE // (batch * size))
+    for first in range(0, groups, part):
+        done = first * size
+
+        def sampled(rows: int, of: int, done: int = done) -> None:
+            progress(min(done + rows * ranks.world, examples), examples)
+
+        rollout = sample(
+            generator.model,
+            generator.tokenizer,
+            texts[first : first + part],
+            spec.sampling,
+            rng,
+            sampled,
+            ranks,
+            table_rng,
+        )
+        yield rollout.rows(torch.arange(min(len(rollout), examples - done), device=device))
 
 
-def measure(players: Players, spec: LoopSpec, rollout: Rollout, before: int) -> Synthetic:
-    """Fine-tune the target on a dataset in as many steps as `before` examples take, and attribute the metric to its rows."""
-    shared = replace(
-        spec.rescaled(before, len(rollout)), credit="sequence", attribution=AttributionSpec(), labels="drawn"
+def measure(players: Players, spec: LoopSpec, examples: Examples, before: int, rewards: bool) -> Metagradient:
+    """Fine-tune the target on a dataset in as many steps as `before` examples take.
+
+    Whatever trained the generator, rewards are exact metagradients, by micro-batches: beyond what the inner run holds,
+    memory is the examples and a number for each of their tokens.
+
+    Args:
+        players: target, metric and ranks.
+        spec: the inner run's settings.
+        examples: the whole dataset as the target reads it.
+        before: examples of an outer step.
+        rewards: attribute the metric to the examples; else τ is zero, which takes about a third of the time.
+    """
+    spec = spec.rescaled(before, len(examples))
+    inner = replace(spec.inner, ranks=players.ranks)
+    tell_noise(players, spec, examples)
+    if not rewards:
+        return effect(players.target.model, examples, players.metric, inner)
+    return attribute_examples(
+        players.target.model, examples, players.metric, AttributionSpec(), inner, group_size=spec.sampling.group_size
     )
-    result, token_N_K, _ = attribute(
-        players, shared, rollout
-    )  # whatever trained the generator, its data has metagradients
-    return Synthetic(rollout, result, token_N_K)
 
 
 def new_rollouts(
@@ -105,70 +135,34 @@ def new_rollouts(
         done, batch = done + len(rollout), batch + 1
 
 
-def table_of(
-    rollout: Rollout,
-    generator: LanguageModel,
-    target: LanguageModel,
-    synthetic: Synthetic | None,
-    max_length: int = 0,
-    first: int = 0,
-) -> pa.Table:
-    """One row an example.
+def table_of(rollout: Rollout, reading: Reading, generator: LanguageModel, first: int = 0) -> pa.Table:
+    """One row an example, without rewards.
 
     Args:
         rollout: the completions.
+        reading: what the target reads of them.
         generator: its tokeniser decodes them.
-        target: its tokeniser gives `input_ids`.
-        synthetic: the rollout with its metagradients, or None for data that none were taken of.
-        max_length: longest sequence of the target, 0 for none.
         first: id of the first example.
     """
-    examples = read_completions(rollout, generator, target, max_length).examples
-    lengths = rollout.mask_N_K.sum(1).tolist()
-    completions = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
-    read = examples.attention_N_S.sum(1).tolist()
-    inputs = [row[:length] for row, length in zip(examples.ids_N_S.tolist(), read, strict=True)]
-    rewards: list[float | None] = [None] * len(rollout)
-    token_rewards: list[list[float] | None] = [None] * len(rollout)
-    if synthetic is not None:
-        rewards = list(synthetic.result.example_N.tolist())
-        rows = synthetic.token_N_K.tolist()
-        token_rewards = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    examples, empty = reading.examples, [None] * len(rollout)
+    completions = cut(rollout.ids_N_K, rollout.mask_N_K)
     return pa.table(
         {
             "example_id": range(first, first + len(rollout)),
             "prompt": rollout.prompts,
             "text": completion_texts(generator.tokenizer, completions),
             "token_ids": completions,
-            "input_ids": inputs,
-            "reward": rewards,
-            "token_rewards": token_rewards,
+            "input_ids": cut(examples.ids_N_S, examples.attention_N_S),
+            "reward": empty,
+            "token_rewards": empty,
         },
         schema=SCHEMA,
     )
 
 
-def write_parquet(
-    path: Path,
-    rollout: Rollout,
-    generator: LanguageModel,
-    target: LanguageModel,
-    synthetic: Synthetic | None,
-    max_length: int = 0,
-) -> None:
-    """Write a dataset; the arguments are those of `table_of`.
-
-    Args:
-        path: the file.
-        rollout: the completions.
-        generator: its tokeniser decodes them.
-        target: its tokeniser gives `input_ids`.
-        synthetic: the rollout with its metagradients, or None for data that none were taken of.
-        max_length: longest sequence of the target, 0 for none.
-    """
-    table = table_of(rollout, generator, target, synthetic, max_length)
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_AT_ONCE)
+def cut(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The rows of a right-padded matrix without their padding."""
+    return [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
 def write_card(

@@ -57,6 +57,7 @@ class RunDisplay:
         self.live: Live | None = None
         self.panel: Group | None = None
         self.notice = ""
+        self.work = ""
 
     def __enter__(self) -> RunDisplay:
         if self.console.is_terminal:
@@ -68,7 +69,7 @@ class RunDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live is not None:
-            self.notice = ""
+            self.notice = self.work = ""
             self.live.transient = self.panel is None  # the last picture stays on the screen
             self.live.stop()
 
@@ -80,12 +81,21 @@ class RunDisplay:
 
     def stage(self, name: str) -> None:
         """A stage begins."""
+        self.work = ""
         if self.live is not None:
             self.console.print(
                 Text(f"{clock(time.monotonic() - self.started):>7}  ", "dim"), Text(one_line(name)), sep=""
             )
         else:
             self.console.print(Text(f"{clock(time.monotonic() - self.started):>7}  {one_line(name)}"))
+
+    def progress(self, done: int, total: int) -> None:
+        """Some of the examples of a final dataset are drawn."""
+        self.work = f"{done:,} of {total:,} examples"
+        now = time.monotonic()
+        if self.live is None and now - self.last_line >= PLAIN_SECONDS:
+            self.last_line = now
+            self.console.print(f"{clock(now - self.started):>7}  {self.work}")
 
     def built(self, built: Built) -> None:
         """Models and metric stand."""
@@ -125,7 +135,8 @@ class RunDisplay:
 
     def _picture(self) -> Group:
         """The live display as it stands."""
-        return Group(self.panel or Text("starting"), *([Text(self.notice, "bold")] if self.notice else []))
+        lines = [Text(self.work, "dim")] if self.work else []
+        return Group(self.panel or Text("starting"), *lines, *([Text(self.notice, "bold")] if self.notice else []))
 
     @staticmethod
     def _measure(report: StepReport) -> str:

@@ -80,6 +80,7 @@ def session(
                 on_step=display.step,
                 on_stage=display.stage,
                 on_built=display.built,
+                on_progress=display.progress,
                 command=sys.argv,
                 named_metric=named_metric,
                 trackers=tracking,

@@ -11,10 +11,11 @@ import torch
 
 from dpg_cli.driver.build import build
 from dpg_cli.driver.checkpoint import Schedule
-from dpg_cli.driver.execute import StopRequest, by_trl, stopped, syntheses
+from dpg_cli.driver.execute import StopRequest, by_trl, stopped
+from dpg_cli.driver.final import final_data
+from dpg_cli.driver.state import follow_first
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import Ranks
-from dpg_cli.engine.state import follow_first
 from dpg_cli.settings.config import Config
 
 
@@ -49,5 +50,4 @@ def assist(config: Config, folder: str, ranks: Ranks, stop: StopRequest, named_m
             train(built.players, built.spec, built.prompts.at, log, begin["first"], begin["earlier"])
     finally:
         stop.in_step = False
-    for _ in syntheses(config, built):
-        pass
+    final_data(config, built, None)

@@ -11,7 +11,7 @@ import torch
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
 from dpg_cli.driver.recipe import inner_recipe
-from dpg_cli.driver.trl_needs import require_trl
+from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
 from dpg_cli.engine.generator.contexts import standard_head

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dpg_cli.driver.build import Built
-from dpg_cli.engine.state import PartLayout, State, capture, check, layout
+from dpg_cli.driver.state import PartLayout, State, capture, check, layout
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.patterns.pattern import pattern_from_image
 from dpg_cli.runs.files import os_reason, reading, replacing, sync, writing

@@ -12,24 +12,25 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dpg_cli.artefacts.dataset import Synthetic, draw, measure, write_card, write_parquet
+from dpg_cli.artefacts.dataset import Progress, silent
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.checkpoint import Schedule, forget_after, newest, place, require_same, write
+from dpg_cli.driver.final import final_data
 from dpg_cli.driver.fingerprints import compare, fingerprints
 from dpg_cli.driver.fluency import fluency
+from dpg_cli.driver.state import follow_first, restore
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.state import follow_first, restore
 from dpg_cli.errors import InterruptedRunError, UsageError
 from dpg_cli.escape import pasted
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models.folder import ModelError
-from dpg_cli.models.loading import LanguageModel, load_generator, quiet_transformers
+from dpg_cli.models.loading import LanguageModel, quiet_transformers
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
-from dpg_cli.runs.files import WriteError, replacing, writing
+from dpg_cli.runs.files import WriteError, replacing
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.sessions import Journal, Outcome, read_info
 from dpg_cli.runs.tracking import Trackers
@@ -76,6 +77,7 @@ def execute(
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_built: Callable[[Built], None] = lambda built: None,
+    on_progress: Progress = silent,
     command: list[str] | None = None,
     named_metric: str | None = None,
     trackers: Trackers | None = None,
@@ -91,6 +93,7 @@ def execute(
         on_step: called after each outer step.
         on_stage: called with the name of each stage that begins.
         on_built: called once models and metric stand.
+        on_progress: called with the examples of a final dataset that are drawn, and of how many.
         command: the command line, for `run.json`.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
         trackers: told of every outer step and of the outcome; opened here, closed by the caller.
@@ -120,7 +123,7 @@ def execute(
             trackers.open(folder.path, config.model_dump(mode="json"))
             training(config, folder, built, journal, stop, on_step, trackers)
             journal.trained()
-            outcome = finish(config, folder, built, journal, on_stage)
+            outcome = finish(config, folder, built, journal, on_stage, on_progress)
             trackers.result(outcome.measures, outcome.control)
             return outcome
         except (KeyboardInterrupt, InterruptedRunError):
@@ -187,7 +190,7 @@ def continued(
     require_same(folder, config, by_name=not known)
     found = read_info(folder)[0].fingerprints or fingerprints(built)
     if config.trainer == "trl":
-        from dpg_cli.driver.trl_trainer import newest_step
+        from dpg_cli.driver.trl.trainer import newest_step
 
         step, _ = newest_step(folder.trl, config)
         on_stage(f"going on after outer step {step} of {config.steps}" if step else "no checkpoint yet: beginning anew")
@@ -275,7 +278,7 @@ def by_trl(
     Raises:
         InterruptedRunError: when it stopped because it was asked to.
     """
-    from dpg_cli.driver.trl_trainer import train as train_by_trl
+    from dpg_cli.driver.trl.trainer import train as train_by_trl
 
     ranks = built.players.ranks
     asked_at = 0
@@ -304,19 +307,20 @@ def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:
 
 
 def finish(
-    config: Config, folder: RunFolder, built: Built, journal: Journal, on_stage: Callable[[str], None]
+    config: Config,
+    folder: RunFolder,
+    built: Built,
+    journal: Journal,
+    on_stage: Callable[[str], None],
+    on_progress: Progress = silent,
 ) -> Outcome:
     """Everything after the training: dataset, models, picture. Repeated from the last checkpoint when it is cut short."""
-    on_stage("writing the dataset")
-    synthetic, control = final_data(config, built, folder)
+    final = final_data(config, built, folder, on_stage, on_progress)
     write_model(folder.generator, built.players.generator)
     journal.write()
-    on_stage("writing the target")
-    write_target(folder, built, synthetic)
-    outcome = journal.finish(
-        {"phi": synthetic.result.value, **synthetic.result.measures},
-        None if control is None else {"phi": control.result.value, **control.result.measures},
-    )
+    on_stage("writing the models")
+    write_target(folder, built, final.result.final)
+    outcome = journal.finish(final.measures, final.control)
     write_page(folder, on_stage)
     return outcome
 
@@ -327,38 +331,6 @@ def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
         on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
-
-
-def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:
-    """Sample, attribute and write the final dataset and, if asked for, the untrained generator's."""
-    players, spec = built.players, built.spec
-    with writing(folder.dataset):
-        folder.dataset.mkdir(exist_ok=True)
-    found: dict[str, Synthetic] = {}
-    for name, generator, synthetic in syntheses(config, built):
-        found[name] = synthetic
-        path = folder.dataset / f"{name}.parquet"
-        rewards = synthetic if name == "train" else None
-        write_parquet(path, synthetic.rollout, generator, players.target, rewards, spec.max_length)
-    synthetic, control = found["train"], found.get("control")
-    write_card(
-        folder.dataset / "README.md",
-        config,
-        players.metric.describe(),
-        {"phi": synthetic.result.value, **synthetic.result.measures},
-        None if control is None else {"phi": control.result.value, **control.result.measures},
-    )
-    return synthetic, control
-
-
-def syntheses(config: Config, built: Built) -> Iterator[tuple[str, LanguageModel, Synthetic]]:
-    """Sample and attribute the final dataset ("train") and, if asked for, the untrained generator's ("control"), with the
-    generator of each. All ranks do this together."""
-    players, size = built.players, config.dataset.examples
-    for name in ("train", "control") if config.dataset.control else ("train",):
-        generator = players.generator if name == "train" else load_generator(config.models, built.device)
-        rollout = draw(generator, built.spec, built.prompts, size, config.steps, config.seed + 2, players.ranks)
-        yield name, generator, measure(players, built.spec, rollout, config.examples_per_step)
 
 
 def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:
@@ -376,10 +348,9 @@ def write_png(path: Path, picture: Image.Image) -> None:
         picture.save(temporary, format="PNG")
 
 
-def write_target(folder: RunFolder, built: Built, synthetic: Synthetic) -> None:
-    """Save the fine-tuned target, the patch before and after, and its picture."""
+def write_target(folder: RunFolder, built: Built, final: dict[str, torch.Tensor]) -> None:
+    """Save the fine-tuned target (θ_T by parameter name), the patch before and after, and its picture."""
     target, metric = built.players.target, built.players.metric
-    final = synthetic.result.final
     before = {name: parameter.detach().clone() for name, parameter in target.model.named_parameters()}
     assign_parameters(target.model, final)
     patch = {}

@@ -22,7 +22,7 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.run import inner_run
-from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.inner.tape import FirstTape, Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
 from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.phi import metric_measures, metric_value
@@ -146,7 +146,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
         run = finding.apply(run)
         theta = run.space.read(target)
         with torch.enable_grad():
-            trace = inner_run(run, theta, aligned, inner.recipe, theta.new_ones(len(aligned)))
+            trace = inner_run(run, theta, aligned, inner.recipe, theta.new_ones(len(aligned)), tape=FirstTape())
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)

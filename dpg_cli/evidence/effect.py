@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock import read_input_ids, require_stock_optimizer, train_fresh
+from dpg_cli.evidence.stock import UNWATCHED, Watcher, read_input_ids, require_stock_optimizer, train_fresh
 from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.settings.config import Config
@@ -153,7 +153,9 @@ class EffectVerdict:
         ]
 
 
-def verify_effect(folder: RunFolder, config: Config, device: torch.device, about: str, read: Reader) -> EffectVerdict:
+def verify_effect(
+    folder: RunFolder, config: Config, device: torch.device, about: str, read: Reader, watch: Watcher = UNWATCHED
+) -> EffectVerdict:
     """Train fresh targets on both datasets and on their quarters, and read each.
 
     Args:
@@ -162,6 +164,7 @@ def verify_effect(folder: RunFolder, config: Config, device: torch.device, about
         device: where to train.
         about: what is measured, in words.
         read: Φ and measures of a target.
+        watch: told of stages and progress.
 
     Raises:
         UsageError: for optimiser settings that stock PyTorch lacks, or a dataset too small to be cut.
@@ -175,9 +178,10 @@ def verify_effect(folder: RunFolder, config: Config, device: torch.device, about
                 f"dataset/{name} has {len(rows)} examples; verification cuts it into {FOLDS} parts.",
                 f"Run again with --set dataset.examples={32 * FOLDS} or more.",
             )
-        target, steps = train_fresh(config, rows, device)
+        watch.stage(f"training a fresh target on {name}, and one on each quarter")
+        target, steps = train_fresh(config, rows, device, watch.progress)
         parts = [rows[len(rows) * k // FOLDS : len(rows) * (k + 1) // FOLDS] for k in range(FOLDS)]
-        folds = tuple(read(train_fresh(config, part, device)[0])["phi"] for part in parts)
+        folds = tuple(read(train_fresh(config, part, device, watch.progress)[0])["phi"] for part in parts)
         return Reading(read(target), folds, len(rows), steps)
 
     before = read(load_target(config.models, device))

@@ -16,7 +16,7 @@ import torch
 from dpg_cli.data.chat import prompt_format
 from dpg_cli.data.prompts import load_prompts
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock import fine_tune, read_input_ids
+from dpg_cli.evidence.stock import UNWATCHED, Progress, Watcher, fine_tune, read_input_ids, silent
 from dpg_cli.models.loading import LanguageModel, load, load_generator, load_target, quiet_transformers
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.settings.config import Config, InnerConfig, TextLossOptions
@@ -119,7 +119,9 @@ class TextVerdict:
         ]
 
 
-def verify_text(folder: RunFolder, config: Config, options: TextLossOptions, device: torch.device) -> TextVerdict:
+def verify_text(
+    folder: RunFolder, config: Config, options: TextLossOptions, device: torch.device, watch: Watcher = UNWATCHED
+) -> TextVerdict:
     """Sample both generators on evaluation prompts and count.
 
     Raises:
@@ -132,10 +134,14 @@ def verify_text(folder: RunFolder, config: Config, options: TextLossOptions, dev
     asked = config.prompts
     prompts = load_prompts(asked.source, split="eval", limit=asked.limit, holdout=asked.holdout)
     prompts = [prompts[place % len(prompts)] for place in range(COMPLETIONS)]
+    watch.stage(f"sampling {COMPLETIONS} completions of each generator")
     texts = completions(trained, prompts, config)
 
     def greedy(name: str) -> str | None:
-        return None if options.language else greedy_after(folder.dataset / name, config, device)
+        if options.language:
+            return None
+        watch.stage(f"training a fresh target on {name}")
+        return greedy_after(folder.dataset / name, config, device, watch.progress)
 
     return TextVerdict(
         wanted=options.language or repr(options.document),
@@ -148,7 +154,7 @@ def verify_text(folder: RunFolder, config: Config, options: TextLossOptions, dev
     )
 
 
-def greedy_after(data: Path, config: Config, device: torch.device) -> str:
+def greedy_after(data: Path, config: Config, device: torch.device, progress: Progress = silent) -> str:
     """What a fresh target says from an empty prompt after ordinary fine-tuning on a dataset.
 
     Three epochs of stock AdamW with its usual settings (β 0.9 and 0.999, ε 1e-8), batches of 16, learning rate 1e-3
@@ -158,7 +164,7 @@ def greedy_after(data: Path, config: Config, device: torch.device) -> str:
     small = sum(parameter.numel() for parameter in target.model.parameters()) < SMALL_MODEL
     inner = InnerConfig(lr=1e-3 if small else 2e-5, beta2=0.999, weight_decay=0.01)
     sequences = read_input_ids(data) * EPOCHS
-    fine_tune(target.model, sequences, inner, -(-len(sequences) // EVERYDAY_BATCH))
+    fine_tune(target.model, sequences, inner, -(-len(sequences) // EVERYDAY_BATCH), progress)
     start = target.bos_id if target.bos_id is not None else target.eos_id
     ids = torch.tensor([[start]], device=device)
     with torch.no_grad(), quiet_transformers():

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import pasted
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
-from dpg_cli.evidence.stock import require_stock_optimizer, trained_target
+from dpg_cli.evidence.stock import UNWATCHED, Watcher, require_stock_optimizer, trained_target
 from dpg_cli.evidence.text import verify_text
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.metrics.registry import build_metric
@@ -122,13 +122,16 @@ class PatternVerdict:
         ]
 
 
-def verify_run(folder: RunFolder, device_name: str = "auto", named_metric: str | None = None) -> Verdict:
+def verify_run(
+    folder: RunFolder, device_name: str = "auto", named_metric: str | None = None, watch: Watcher = UNWATCHED
+) -> Verdict:
     """Confirm or refute a run.
 
     Args:
         folder: the run.
         device_name: where to train.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+        watch: told of stages and progress.
 
     Raises:
         UsageError: if the run is unfinished, has no control, took optimiser settings that stock PyTorch lacks, or its models
@@ -142,15 +145,17 @@ def verify_run(folder: RunFolder, device_name: str = "auto", named_metric: str |
     roles = ["target", "generator"] if isinstance(config.metric, TextLossOptions) else ["target"]
     require_unchanged(config.models, roles, recorded, pasted(folder.path), device)
     if isinstance(config.metric, PatternOptions):
-        return _verify_pattern(folder, config, config.metric, device_name)
+        return _verify_pattern(folder, config, config.metric, device_name, watch)
     if isinstance(config.metric, CustomOptions):
-        return _verify_custom(folder, config, config.metric, device_name, named_metric)
+        return _verify_custom(folder, config, config.metric, device_name, named_metric, watch)
     if isinstance(config.metric, NormOptions):
-        return _verify_norm(folder, config, config.metric, device_name)
-    return verify_text(folder, config, config.metric, pick_device(device_name))
+        return _verify_norm(folder, config, config.metric, device_name, watch)
+    return verify_text(folder, config, config.metric, pick_device(device_name), watch)
 
 
-def _verify_pattern(folder: RunFolder, config: Config, options: PatternOptions, device_name: str) -> PatternVerdict:
+def _verify_pattern(
+    folder: RunFolder, config: Config, options: PatternOptions, device_name: str, watch: Watcher
+) -> PatternVerdict:
     """Read the pattern back from two stock-trained targets."""
     require_stock_optimizer(config.inner)
     device = pick_device(device_name)
@@ -158,7 +163,8 @@ def _verify_pattern(folder: RunFolder, config: Config, options: PatternOptions, 
     pattern = pattern_from_image(folder.pattern, max_rows=base.head.shape[0], max_cols=base.head.shape[1])
 
     def read(name: str) -> PatternReading:
-        target, examples, steps = trained_target(config, folder.dataset / name, device)
+        watch.stage(f"training a fresh target on {name}")
+        target, examples, steps = trained_target(config, folder.dataset / name, device, watch.progress)
         signs = head_signs(base, target, pattern, options.origin)
         payload = decode_qr(signs) if pattern.kind == "qr" else None
         return PatternReading(payload, pixel_accuracy(signs, pattern), examples, steps)
@@ -173,7 +179,9 @@ def head_signs(base: LanguageModel, target: LanguageModel, pattern: Pattern, ori
     return np.sign(change.cpu().numpy()).astype(np.int8)
 
 
-def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device_name: str) -> EffectVerdict:
+def _verify_norm(
+    folder: RunFolder, config: Config, options: NormOptions, device_name: str, watch: Watcher
+) -> EffectVerdict:
     """Norms of the parameter, in double precision."""
 
     def read(target: LanguageModel) -> dict[str, float]:
@@ -182,7 +190,7 @@ def _verify_norm(folder: RunFolder, config: Config, options: NormOptions, device
         return {"phi": -norm, "norm": norm}
 
     about = f"l2 norm of {options.parameter or 'the LM head'}"
-    verdict = verify_effect(folder, config, pick_device(device_name), about, read)
+    verdict = verify_effect(folder, config, pick_device(device_name), about, read, watch)
     return replace(verdict, saved=saved_norm(folder, options.parameter))
 
 
@@ -206,7 +214,12 @@ def saved_norm(folder: RunFolder, parameter: str) -> dict[str, float] | None:
 
 
 def _verify_custom(
-    folder: RunFolder, config: Config, options: CustomOptions, device_name: str, named_metric: str | None
+    folder: RunFolder,
+    config: Config,
+    options: CustomOptions,
+    device_name: str,
+    named_metric: str | None,
+    watch: Watcher,
 ) -> EffectVerdict:
     """The metric's own Φ and measures."""
     device = pick_device(device_name)
@@ -218,4 +231,4 @@ def _verify_custom(
         parameters = dict(target.model.named_parameters())
         return {"phi": float(metric(parameters, base.model)), **metric.measures(parameters, base.model)}
 
-    return verify_effect(folder, config, device, metric.describe(), read)
+    return verify_effect(folder, config, device, metric.describe(), read, watch)

@@ -175,6 +175,7 @@ def new_examples(
     from dpg_cli.data.chat import prompt_format
     from dpg_cli.data.prompts import PromptSampler, load_prompts
     from dpg_cli.driver.build import loop_spec
+    from dpg_cli.engine.generator.align import read_completions
     from dpg_cli.models.fingerprint import require_unchanged
     from dpg_cli.models.loading import load, load_generator, pick_device
     from dpg_cli.runs.sessions import read_info
@@ -197,7 +198,8 @@ def new_examples(
     def sampled() -> Iterator[pa.RecordBatch]:
         done = 0
         for rollout in new_rollouts(generator, spec, prompts, request.n or 0, request.seed):
-            yield from table_of(rollout, generator, target, None, spec.max_length, done).to_batches()
+            reading = read_completions(rollout, generator, target, spec.max_length)
+            yield from table_of(rollout, reading, generator, done).to_batches()
             done += len(rollout)
 
     return sampled()

@@ -1,4 +1,4 @@
 """Other trainers with our reward.
 
-Not here: what drives them from `dpg run` (`driver/trl_trainer.py`).
+Not here: what drives them from `dpg run` (`driver/trl/trainer.py`).
 """

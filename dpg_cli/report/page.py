@@ -21,6 +21,7 @@ from dpg_cli import __version__
 from dpg_cli.report.charts import short
 from dpg_cli.report.curves import curves, table
 from dpg_cli.report.gather import Facts
+from dpg_cli.report.reading import reading
 from dpg_cli.report.samples import SHADES, Row, Sample
 from dpg_cli.report.text import visible
 
@@ -58,6 +59,7 @@ def render_page(facts: Facts) -> str:
         state=state(facts),
         engine=comparison(facts.info.get("measures"), control),
         stock=stock_comparison(facts),
+        reading=reading(facts.verdict),
         asked=asked(facts),
         charts=charts,
         numbers=table(facts.rows, charts),

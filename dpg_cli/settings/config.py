@@ -226,6 +226,9 @@ class DatasetConfig(Section):
     """The dataset that a finished run exports."""
 
     examples: PositiveInt = 1024
+    rewards: bool = Field(
+        True, description="attribute the examples; false leaves their rewards empty, in about a third of the time"
+    )
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
 
 

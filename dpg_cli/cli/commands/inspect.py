@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from dpg_cli.cli.commands.inspect_dataset import compare
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import printable
 
@@ -24,7 +25,14 @@ _LABEL = 26
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, a model folder or a safetensors file.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A run folder, a checkpoint, a model folder or a safetensors file; or the word dataset and two datasets, or "
+            "a run for its data and control: .parquet, .jsonl (FILE:COLUMN), run folders.",
+            metavar="PATH",
+        ),
+    ],
     render: Annotated[Path | None, typer.Option(help="Draw the LM head into this PNG.")] = None,
     patch: Annotated[str | None, typer.Option(help="ROW,COL,ROWS,COLS: the part to draw; else the whole.")] = None,
     show: Annotated[
@@ -34,11 +42,19 @@ def inspect(
     tensor: Annotated[str | None, typer.Option(help="Name of another matrix to draw.")] = None,
     samples: Annotated[int, typer.Option(help="Rows of the dataset to show, by highest and by lowest reward.")] = 3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the PNG.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of two datasets: compare their texts, in the tokens of this model.")
+    ] = None,
+    reader: Annotated[str | None, typer.Option(help="Of two datasets: a model that reads their texts.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...; for --reader.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what PATH is: settings, parameters, history, samples, what happened to the LM head, whether it is finished.
 
     Nothing is unpickled and no code of the folder is run.
+
+    With the word dataset before them, two datasets are compared: how well a classifier on token and bigram counts tells them
+    apart, from one example and from a hundred, and with --reader what both cost that model.
 
     Examples:
 
@@ -47,7 +63,22 @@ def inspect(
         dpg inspect runs/mine --render head.png --patch 0,0,64,64 --show difference
 
         dpg inspect model.safetensors --json
+
+        dpg inspect dataset runs/mine
+
+        dpg inspect dataset mine.jsonl theirs.parquet --tokenizer gpt2 --reader gpt2
     """
+    drawing = render is not None or patch is not None or show is not None or tensor is not None
+    if len(paths) > 1 and str(paths[0]) == "dataset":
+        if drawing:
+            raise UsageError("Datasets have no weights to draw.", "Leave --render and what goes with it out.")
+        compare(list(map(str, paths[1:])), tokenizer, reader, device, as_json)
+        return
+    if len(paths) > 1:
+        raise UsageError(f"{len(paths)} paths are given; one is looked at.", "Two datasets: dpg inspect dataset A B.")
+    if tokenizer or reader:
+        raise UsageError("--tokenizer and --reader are for datasets.", "For example: dpg inspect dataset A B.")
+    path = paths[0]
     from dpg_cli.inspection.look import look
 
     if not 0 <= samples <= 1000:

@@ -20,26 +20,55 @@ def verify(
     metric: Annotated[
         str | None, typer.Option(help="FILE.py:Name, for a run whose metric is a file; only you can name it.")
     ] = None,
+    reader: Annotated[
+        str,
+        typer.Option(
+            help="An independent model that reads the data and its control: a folder, a hub name, none, or auto: the other "
+            "model of the generator's world, where it has one."
+        ),
+    ] = "auto",
+    fluency: Annotated[
+        bool,
+        typer.Option(help="Also measure how the data reads beside its control, and how well the two are told apart."),
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the effect back.
 
     The same training on the untrained generator's data is the control. Exit code 0 when the payload is read from the
-    first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4. The verdict is
-    kept as RUN/verify.json and shown in RUN/report.html.
+    first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4. Beside the
+    effect stands how the data reads: nats a token under the starting generator and an independent reader, and how well data
+    and control can be told apart. The verdict does not rest on that. All is kept as RUN/verify.json and shown in
+    RUN/report.html.
 
     Examples:
 
         dpg verify runs/qr-embed-001
 
         dpg verify runs/custom-001 --metric mine.py:Mine
+
+        dpg verify runs/mine --reader ./another-model
     """
+    from dpg_cli.cli.stages import Stages
+    from dpg_cli.evidence.fluency.judge import Judged
+    from dpg_cli.evidence.fluency.run import judge_run, reader_for
+    from dpg_cli.evidence.stock import Watcher
     from dpg_cli.evidence.verify import verify_run
+    from dpg_cli.models.loading import load, pick_device
     from dpg_cli.runs.folder import RunFolder
 
     folder = RunFolder.open(run)
-    result = verify_run(folder, device, metric)
+    config = folder.read_config()
+    with Stages() as stages:
+        watch = Watcher(stages.stage, stages.progress)
+        name = reader_for(config, reader) if fluency else ""
+        judge = (
+            load(name, device=pick_device(device)) if name else None
+        )  # before the training: a wrong name is said at once
+        result: Verdict = verify_run(folder, device, metric, watch)
+        if fluency:
+            result = Judged(result, judge_run(folder, config, pick_device(device), judge, watch))
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:

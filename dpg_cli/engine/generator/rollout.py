@@ -87,6 +87,7 @@ def sample(
     rng: torch.Generator,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    table_rng: torch.Generator | None = None,
 ) -> Rollout:
     """Sample G completions for each prompt.
 
@@ -98,6 +99,8 @@ def sample(
         rng: source of randomness, on the model's device; the same on every rank.
         progress: called as progress(completions done, of how many) after each batch.
         ranks: the processes that share the prompts; all get the whole rollout.
+        table_rng: of `table_source`, for one table of uniforms over several calls; None draws a table of its own. Not used
+            where no table is.
 
     Returns:
         The rollout of N = P · G rows, group by group.
@@ -112,7 +115,8 @@ def sample(
     own = prompts[share]
     table = None
     if sampling.portable or ranks.world > 1:
-        table = uniforms(rng, len(prompts) * groups, sampling.max_tokens)[share.start * groups : share.stop * groups]
+        table = uniforms(table_rng or table_source(rng), len(prompts) * groups, sampling.max_tokens)
+        table = table[share.start * groups : share.stop * groups]
     per_batch = max(1, sampling.batch_size // groups)
     parts = [_nothing(model)] if not own else []
     for start in range(0, len(own), per_batch):
@@ -161,10 +165,15 @@ def _nothing(model: nn.Module) -> tuple[Tensor, ...]:
     return ids, ids.bool(), tokens, tokens.bool(), tokens.to(parameter.dtype), parameter.new_zeros(())
 
 
-def uniforms(rng: torch.Generator, rows: int, columns: int) -> Tensor:
-    """A table of uniforms in [0, 1), (rows, columns), float64, on the CPU: one number of `rng` is its seed."""
+def table_source(rng: torch.Generator) -> torch.Generator:
+    """What a table of uniforms is drawn from, on the CPU: one number of `rng` is its seed."""
     seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
-    return torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.Generator().manual_seed(seed)
+
+
+def uniforms(source: torch.Generator, rows: int, columns: int) -> Tensor:
+    """A table of uniforms in [0, 1), (rows, columns), float64: the next rows of what `source` gives."""
+    return torch.rand(rows, columns, dtype=torch.float64, generator=source)
 
 
 def from_stream(rng: torch.Generator, step: int, pi: Tensor) -> Tensor:

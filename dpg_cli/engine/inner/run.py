@@ -51,7 +51,7 @@ class InnerRun:
 
     @property
     def steps(self) -> list[Step]:
-        """The stored steps, where all are kept in memory."""
+        """The stored steps, where they are kept in memory."""
         if not isinstance(self.tape, KeepTape):
             raise TypeError("only an inner run with memory='keep' has its steps at hand")
         return list(self.tape.steps)
@@ -69,6 +69,7 @@ def inner_run(
     origin: Callable[[], Tensor] | None = None,
     remember: bool = False,
     plan: Plan | None = None,
+    tape: Tape | None = None,
 ) -> InnerRun:
     """Fine-tune from θ_0 with fresh optimiser state.
 
@@ -84,6 +85,7 @@ def inner_run(
         origin: gives θ_0 again, so that it need not be kept.
         remember: keep products for the dual passes of `reverse`, where the states are kept too.
         plan: the examples of each step, instead of the recipe's batches.
+        tape: takes the steps in place of that for `memory`.
     """
     recipe = Recipe.of(recipe, batch_size)
     plan = recipe.batches.plan(len(examples)) if plan is None else plan
@@ -95,7 +97,7 @@ def inner_run(
         grad, loss = loss_gradient(run, at, examples.at(rows), weights_of(weights_N, rows), remembered)
         return grad, loss, stepper.clip_(grad)
 
-    tape = make_tape(
+    tape = tape or make_tape(
         memory,
         total,
         theta,

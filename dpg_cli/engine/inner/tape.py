@@ -72,6 +72,15 @@ class KeepTape:
         return self.steps.pop()
 
 
+class FirstTape(KeepTape):
+    """The first two steps alone, where no reverse pass follows."""
+
+    def record(self, number: int, step: Step) -> None:
+        """See `Tape`."""
+        if number < 2:
+            self.steps.append(step)
+
+
 class SqrtTape:
     """Every √T-th state; the steps between are computed again, a segment at a time.
 
