@@ -11,8 +11,7 @@ from builders import make_examples, make_target
 from optimizers_table import OPTIMIZERS
 from torch import Tensor, nn
 
-from dpg_cli.engine import Examples, Metagradient, metagradient
-from dpg_cli.engine.inner.optimizers import by_matrix
+from dpg_cli.engine import Batches, Examples, Group, Groups, Metagradient, Recipe, Schedule, metagradient
 from dpg_cli.engine.inner.target import Normalization
 from dpg_cli.engine.reverse.reference import reference_metagradient
 from dpg_cli.metrics.base import TargetMetric
@@ -30,7 +29,8 @@ class Case:
         architecture, tied: of the target.
         normalization: of the loss.
         ragged: sequences of several lengths.
-        options: given to both `metagradient` and the reference.
+        elements: of the recipe, besides optimiser, batch size and normalisation.
+        label: what pytest calls them.
     """
 
     optimizer: str = "adamw-eps_root"
@@ -39,16 +39,23 @@ class Case:
     tied: bool = True
     normalization: Normalization = "token"
     ragged: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    elements: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """As pytest shows it."""
         tied = "tied" if self.tied else "untied"
         width = "ragged" if self.ragged else "even"
-        return f"{self.architecture}-{tied}-{self.optimizer}-T{self.steps}-{self.normalization}-{width}" + "".join(
-            f"-{key}" for key in self.options
-        )
+        name = f"{self.architecture}-{tied}-{self.optimizer}-T{self.steps}-{self.normalization}-{width}"
+        return f"{name}-{self.label}" if self.label else name
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of its settings."""
+        spec = OPTIMIZERS[self.optimizer].spec
+        settings = {"batches": Batches(self.batch), "normalization": self.normalization, **self.elements}
+        return Recipe(spec, **settings)
 
     @property
     def batch(self) -> int:
@@ -75,30 +82,40 @@ class Case:
 
     def fast(self, metric: TargetMetric, weights_N: Tensor | None = None, **more: Any) -> Metagradient:
         """By the engine."""
-        return metagradient(
-            self.model(), self.examples(), OPTIMIZERS[self.optimizer].spec, metric, batch_size=self.batch,
-            weights_N=self.weights() if weights_N is None else weights_N, normalization=self.normalization,
-            **self.options, **more,
-        )  # fmt: skip
+        weights = self.weights() if weights_N is None else weights_N
+        return metagradient(self.model(), self.examples(), self.recipe, metric, weights_N=weights, **more)
 
     def slow(self, metric: TargetMetric, weights_N: Tensor | None = None, **more: Any) -> Metagradient:
         """By the reference."""
-        row = OPTIMIZERS[self.optimizer]
+        weights, plain = self.weights() if weights_N is None else weights_N, OPTIMIZERS[self.optimizer].plain
         return reference_metagradient(
-            self.model(), self.examples(), row.spec, metric, batch_size=self.batch,
-            weights_N=self.weights() if weights_N is None else weights_N, normalization=self.normalization,
-            step=row.plain, **self.options, **more,
-        )  # fmt: skip
+            self.model(), self.examples(), self.recipe, metric, weights_N=weights, step=plain, **more
+        )
 
 
 TARGETS = [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)]
 
-WHOLE = [name for name, row in OPTIMIZERS.items() if not by_matrix(row.spec)]
+ELEMENTS: dict[str, dict[str, Any]] = {
+    "schedule": {"schedule": Schedule("cosine", warmup=1)},
+    "clip": {"max_grad_norm": 0.5},
+    "groups": {
+        "groups": Groups((Group(("*mlp*",), lr=0.005), Group(("*.1.*attn*",), frozen=True)), ("biases", "norms"))
+    },
+    "epochs": {"batches": Batches(4, epochs=1.5, order="shuffled", seed=5)},
+    "accumulation": {"batches": Batches(2, accumulation=2, epochs=2, order="shuffled")},
+}
+ELEMENTS["all"] = {key: value for elements in ELEMENTS.values() for key, value in elements.items()}
 
 CASES = [
-    *(Case(optimizer, 3, *target) for optimizer, target in product(WHOLE, TARGETS)),
-    *(Case(optimizer, steps) for optimizer, steps in product(WHOLE, (1, 8))),
+    *(Case(optimizer, 3, *target) for optimizer, target in product(OPTIMIZERS, TARGETS)),
+    *(Case(optimizer, steps) for optimizer, steps in product(OPTIMIZERS, (1, 8))),
     *(Case("adamw", steps, *target) for steps, target in product((1, 8), TARGETS[1:])),
     *(Case("sgd-momentum", steps, *target, "example") for steps, target in product(SIZES, TARGETS)),
     *(Case("adamw-eps_root", steps, *TARGETS[2], "example", ragged=False) for steps in SIZES),
+    *(
+        Case(optimizer, 3, *target, label=label, elements=elements)
+        for (label, elements), optimizer, target in product(
+            ELEMENTS.items(), ("adamw-eps_root", "sgd-nesterov", "muon"), (TARGETS[0], TARGETS[3])
+        )
+    ),
 ]

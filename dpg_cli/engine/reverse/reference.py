@@ -4,9 +4,10 @@ Fine-tune θ by T ordinary optimiser steps, all of them left in one graph, read 
 
     L_t(θ, w) = Σ_i Σ_s w_is mask_is ℓ_is(θ) / Z_t,   g_t = ∇L_t(θ_t),   θ_{t+1} = U(g_t, θ_t),   τ_is = ∂Φ(θ_T)/∂w_is
 
-Nothing here is shared with the fast engine but its records: the optimisers are written once more, as plain PyTorch that can
-be differentiated. It takes the memory of T graphs of a second-order pass, and PyTorch's own kernels must have a second
-derivative (so attention is the MATH kernel). What a model detaches from its own graph is a constant here. Source: paper §3.
+Nothing of the fast engine's mathematics is here: the optimisers are written once more, as plain PyTorch that can be
+differentiated. (Which examples a step takes, at what rate, is asked of the recipe.) It takes the memory of T graphs of a
+second-order pass, and PyTorch's own kernels must have a second derivative (so attention is the MATH kernel). What a model
+detaches from its own graph is a constant here. Source: paper §3.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, hidden_matrices
+from dpg_cli.engine.inner.recipe import Plan, Recipe
 from dpg_cli.engine.inner.target import Normalization
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.metrics.base import TargetMetric
@@ -84,35 +86,55 @@ STEPS: dict[str, PlainStep] = {"adam": adam, "adamw": adamw, "muon": muon, "sgd"
 def reference_metagradient(
     model: nn.Module,
     examples: Examples,
-    optimizer: OptimizerSpec,
+    optimizer: OptimizerSpec | Recipe,
     metric: TargetMetric,
     *,
-    batch_size: int = 0,
+    batch_size: int | None = None,
     weights_N: Tensor | None = None,
-    normalization: Normalization = "token",
+    normalization: Normalization | None = None,
     labels: bool = False,
+    plan: Plan | None = None,
     step: PlainStep | None = None,
 ) -> Metagradient:
     """What `metagradient` gives, by plain autograd over the whole unrolled run.
 
     Args:
         model: a Hugging Face causal LM; θ_0. It is left unchanged, dropout is off.
-        examples: N token sequences, used once each, in order.
-        optimizer: the inner optimiser.
+        examples: N token sequences.
+        optimizer: the recipe of the inner run; an optimiser alone uses each example once, in order, at a constant rate.
         metric: Φ, larger is better.
-        batch_size: B; 0 takes all examples in one step (T = 1).
+        batch_size: B, instead of the recipe's; 0 takes all examples in one step (T = 1).
         weights_N: data weights w, all 1 when None.
-        normalization: Z_t.
+        normalization: Z_t, instead of the recipe's.
         labels: also return the credit of every label, (N, S, V) numbers.
+        plan: the examples of each step, instead of the recipe's batches.
         step: the optimiser's step, where `STEPS` has none of its name.
 
     Returns:
         Φ, its measures, τ for each example and token, and θ_T.
     """
-    take = step or STEPS[optimizer.name]
-    matrices = hidden_matrices(model)
+    recipe = Recipe.of(optimizer, batch_size, normalization)
     training = model.training
     model.eval()
+    try:
+        with recipe.groups.freezing(model):
+            take = step or STEPS[recipe.optimizer.name]
+            return _unrolled(model, examples, recipe, metric, weights_N, labels, plan, take)
+    finally:
+        model.train(training)
+
+
+def _unrolled(
+    model: nn.Module,
+    examples: Examples,
+    recipe: Recipe,
+    metric: TargetMetric,
+    weights_N: Tensor | None,
+    labels: bool,
+    plan: Plan | None,
+    take: PlainStep,
+) -> Metagradient:
+    """The whole of it."""
     theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     moments: dict[str, Moments] = dict.fromkeys(theta, ())
     like = next(iter(theta.values()))
@@ -122,25 +144,30 @@ def reference_metagradient(
     given = nn.functional.one_hot(ids, config.vocab_size) if labels else torch.ones_like(ids)[..., None]
     w = (w_N[:, None, None] * given).requires_grad_()
 
-    size, gradients = batch_size or len(examples), []
-    for t, start in enumerate(range(0, len(examples), size)):
-        rows = slice(start, start + size)
+    spec, gradients, matrices = recipe.optimizer, [], hidden_matrices(model)
+    steps = (plan or recipe.batches.plan(len(examples))).rows
+    peaks = recipe.settings(model) or {}  # lr and λ by parameter name, where they differ
+    factors = recipe.schedule.factors(len(steps), spec.lr)
+    for t, rows in enumerate(steps):
         loss_B_S_V = token_losses(model, theta, ids[rows], examples.attention_N_S[rows], labels)
-        normalizer = mask[rows].sum().clamp(min=1) if normalization == "token" else mask[rows].numel()
+        normalizer = mask[rows].sum().clamp(min=1) if recipe.normalization == "token" else mask[rows].numel()
         loss = (w[rows] * mask[rows, :, None] * loss_B_S_V).sum() / normalizer
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
+        if recipe.max_grad_norm:
+            norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+            grads = tuple(grad * (recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1) for grad in grads)
         gradients.append(grads)
-        at = At(t, optimizer.lr, optimizer.weight_decay)
         for name, grad in zip(list(theta), grads, strict=True):
-            own = adamw if optimizer.name == "muon" and name not in matrices else take
-            theta[name], moments[name] = own(optimizer, at, theta[name], grad, moments[name])
+            own = adamw if spec.name == "muon" and name not in matrices else take
+            lr, decay = peaks.get(name, (spec.lr, spec.weight_decay))
+            at = At(t, lr * factors[t], decay)
+            theta[name], moments[name] = own(spec, at, theta[name], grad, moments[name])
     value = metric(theta, model)
     (tau,) = torch.autograd.grad(value, w)
 
     final = {name: parameter.detach() for name, parameter in theta.items()}
     first = torch.cat([grad.detach().reshape(-1).abs() for grad in gradients[0]])
     token_N_S = (tau * given).sum(-1)
-    model.train(training)
     return Metagradient(
         value=float(value.detach()),
         measures=metric.measures(final, model),

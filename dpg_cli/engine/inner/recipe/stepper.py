@@ -2,7 +2,7 @@
 
     g' = clip(g)        (θ, m, v)_{t+1} = U_t(g', (θ, m, v)_t)        with lr_t, and lr and λ by ranges of the flat vector
 
-`engine/inner/optimizers.py` has U and its adjoint, `clipping.py` the clip and its.
+`engine/inner/optimizers/` has U and its adjoint, `clipping.py` the clip and its.
 """
 
 from __future__ import annotations
