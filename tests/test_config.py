@@ -54,7 +54,7 @@ def test_settings_are_frozen() -> None:
         ({"rollout": {"min_tokens": 9, "max_tokens": 8}}, "min_tokens"),
         ({"inner": {"lr": float("nan")}}, "inner.lr"),
         ({"inner": {"beta1": 1.0}}, "inner.beta1"),
-        ({"inner": {"nesterov": True}}, "inner: nesterov looks ahead along SGD's momentum"),
+        ({"inner": {"nesterov": True}}, "inner: nesterov looks ahead along a momentum"),
         ({"inner": {"optimizer": "sgd", "nesterov": True}}, "a momentum above 0"),
         ({"inner": {"optimizer": "lion"}}, "inner.optimizer"),
         ({"steps": 10**12}, "steps"),

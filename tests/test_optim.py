@@ -262,7 +262,11 @@ RECIPES = {  # settings of `[inner]`, one at least for each name that they offer
     "adam": {"optimizer": "adam", "eps": 1e-3, "weight_decay": 0.1},
     "sgd": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.1},
     "nesterov": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
-}
+    "muon": {
+        "optimizer": "muon", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "ns_bf16": True,
+        "adjust_lr": "match_rms_adamw", "ns_steps": 4, "eps": 1e-3,
+    },
+}  # fmt: skip
 
 
 def test_settings_offer_what_there_is() -> None:

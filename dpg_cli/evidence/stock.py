@@ -57,17 +57,46 @@ def require_stock_optimizer(inner: InnerConfig) -> None:
     """Refuse optimiser settings that stock PyTorch lacks.
 
     Raises:
-        UsageError: for Adam and AdamW with ε_root > 0.
+        UsageError: for Adam, AdamW and Muon (whose rest goes by AdamW) with ε_root > 0.
     """
-    if inner.optimizer in ADAMS and inner.eps_root > 0:
+    if inner.optimizer != "sgd" and inner.eps_root > 0:
+        name = ADAMS.get(inner.optimizer, torch.optim.AdamW).__name__
         raise UsageError(
-            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.{ADAMS[inner.optimizer].__name__}.",
+            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.{name}.",
             "Only runs with inner.eps_root = 0 can be verified by stock PyTorch.",
         )
 
 
-def stock_optimizer(model: PreTrainedModel, inner: InnerConfig) -> torch.optim.Optimizer:
+class MuonAndAdamW:
+    """torch.optim.Muon for the matrices within the model, AdamW for embeddings, head, norms and biases."""
+
+    def __init__(self, model: PreTrainedModel, inner: InnerConfig) -> None:
+        outer = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        outer |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in outer]
+        rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in outer]
+        shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
+        muon = torch.optim.Muon(
+            hidden, momentum=inner.momentum, nesterov=inner.nesterov, adjust_lr_fn=inner.adjust_lr,
+            ns_steps=inner.ns_steps, **shared,
+        )  # fmt: skip
+        self.both = muon, torch.optim.AdamW(rest, betas=(inner.beta1, inner.beta2), eps=inner.eps, **shared)
+
+    def zero_grad(self) -> None:
+        """Of both."""
+        for one in self.both:
+            one.zero_grad()
+
+    def step(self) -> None:
+        """Of both."""
+        for one in self.both:
+            one.step()
+
+
+def stock_optimizer(model: PreTrainedModel, inner: InnerConfig) -> torch.optim.Optimizer | MuonAndAdamW:
     """The optimiser of these settings as torch has it."""
+    if inner.optimizer == "muon":
+        return MuonAndAdamW(model, inner)
     shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
     if inner.optimizer in ADAMS:
         return ADAMS[inner.optimizer](model.parameters(), betas=(inner.beta1, inner.beta2), eps=inner.eps, **shared)

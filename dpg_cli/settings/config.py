@@ -102,8 +102,10 @@ class InnerConfig(Section):
         description="soft: each position's loss is its expectation under the generator, contexts as drawn: the mean over "
         "drawn labels without their noise. The dataset and its verification are of drawn tokens always",
     )
-    optimizer: Literal["adamw", "adam", "sgd"] = Field(
-        "adamw", description="as in torch.optim: adamw decouples the weight decay, adam and sgd add it to the gradient"
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = Field(
+        "adamw",
+        description="as in torch.optim: adamw and muon decouple the weight decay, adam and sgd add it to the gradient; muon moves "
+        "what is no hidden matrix by adamw",
     )
     lr: Positive = 1e-3
     beta1: Decay = 0.9
@@ -111,8 +113,16 @@ class InnerConfig(Section):
     eps: NonNegative = 1e-8
     eps_root: NonNegative = 0.0
     weight_decay: NonNegative = 0.0
-    momentum: Decay = Field(0.0, description="SGD only")
-    nesterov: bool = Field(False, description="SGD with momentum only: look ahead along it")
+    momentum: Decay = Field(0.0, description="SGD and Muon only")
+    nesterov: bool = Field(False, description="SGD and Muon with momentum only: look ahead along it")
+    adjust_lr: Literal["original", "match_rms_adamw"] = Field(
+        "original", description="Muon only: how the rate of a matrix depends on its shape"
+    )
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = Field(5, description="Muon only: Newton-Schulz steps")
+    ns_bf16: bool = Field(
+        False,
+        description="Muon only: round within these steps as torch does, an error of about a hundredth of an update",
+    )
     batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
     normalization: Literal["token", "example"] = "token"
     max_length: Count = Field(
@@ -132,8 +142,10 @@ class InnerConfig(Section):
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> InnerConfig:
-        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
-            raise ValueError("nesterov looks ahead along SGD's momentum; set optimizer = 'sgd' and a momentum above 0")
+        if self.nesterov and not (self.optimizer in ("sgd", "muon") and self.momentum > 0):
+            raise ValueError(
+                "nesterov looks ahead along a momentum; set optimizer = 'sgd' or 'muon', and a momentum above 0"
+            )
         return self
 
 
