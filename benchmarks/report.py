@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # a script finds only what lies beside it
 
 from benchmarks import readme_claims  # noqa: E402
-from benchmarks.study.pages import draw, sections  # noqa: E402
+from benchmarks.study.experiments import draw, sections  # noqa: E402
 from benchmarks.study.store import Store  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "results.md"

@@ -90,7 +90,9 @@ def plain_type(field: FieldInfo) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f"`{choice}`" if choice else "empty" for choice in choices)
-    return getattr(annotation, "__name__", str(annotation)) if not choices else str(annotation).replace("typing.", "")
+    if not choices:
+        return getattr(annotation, "__name__", str(annotation))
+    return re.sub(r"\b(typing|dpg_cli[.\w]*)\.(?=\w)", "", str(annotation))
 
 
 def settings_rows(model: type[BaseModel], section: str) -> Iterator[str]:

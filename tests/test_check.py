@@ -128,8 +128,8 @@ def test_metasmoothness_is_exact_for_a_linear_metric_and_falls_with_the_learning
 
 def test_a_probe_of_fewer_examples_keeps_its_inner_steps() -> None:
     fewer = probe(OptimizerSpec(), count=12, batch=3).first(8)
-    assert (len(fewer.examples), fewer.inner.batch_size) == (8, 2)
-    assert probe(OptimizerSpec(), count=12, batch=1).first(4).inner.batch_size == 1
+    assert (len(fewer.examples), fewer.inner.recipe.batches.size) == (8, 2)
+    assert probe(OptimizerSpec(), count=12, batch=1).first(4).inner.recipe.batches.size == 1
 
 
 def test_epsilon_by_hand() -> None:

@@ -64,7 +64,7 @@ def effect(
     """Φ and the measure after stock fine-tuning of a copy in one step."""
     model = copy.deepcopy(target.model)
     metric = build_metric(config.metric, target)
-    fine_tune(model, sequences, inner, config.inner_steps)
+    fine_tune(model, sequences, inner, config.inner.steps_of_epoch(config.examples_per_step))
     after = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         return float(metric(after, nn.Module())), metric.measures(after, nn.Module())[MEASURE[config.task]]

@@ -279,18 +279,8 @@ def _training(config: Config) -> str:
 def _recipe(config: Config) -> str:
     """The fine-tuning, as anybody could repeat it."""
     inner = config.inner
-    steps = f"{config.inner_steps} optimiser step{'s' if config.inner_steps > 1 else ''}"
-    momentum = f"{'Nesterov ' if inner.nesterov else ''}momentum {inner.momentum:g}"
-    adam = f"beta ({inner.beta1:g}, {inner.beta2:g}), eps {inner.eps:g}, eps_root {inner.eps_root:g}"
-    rest = {
-        "sgd": momentum,
-        "muon": f"{momentum}, {inner.ns_steps} Newton-Schulz steps, rate {inner.adjust_lr} (else adamw: {adam})",
-    }.get(inner.optimizer, adam)
     cut = f", sequences cut after {inner.max_length:,} tokens" if inner.max_length else ""
-    return (
-        f"{inner.optimizer}, learning rate {inner.lr:g}, {rest}, weight decay {inner.weight_decay:g}; {steps} over all rows "
-        f"in order, each used once, loss averaged by {inner.normalization}{cut}."
-    )
+    return f"{inner.in_words(config.inner_steps)}, loss averaged by {inner.normalization}{cut}."
 
 
 def measures_table(results: Results) -> str:

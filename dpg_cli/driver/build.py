@@ -243,7 +243,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             portable=rollout.portable,
             silent_ids=generator.silent_ids,
         ),
-        recipe=inner_recipe(inner),
+        recipe=inner_recipe(inner, config.seed),
         micro_batch=inner.micro_batch,
         credit=config.credit.mode,
         discount=config.credit.discount,

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock import UNWATCHED, Watcher, read_input_ids, require_stock_optimizer, train_fresh
+from dpg_cli.evidence.stock import UNWATCHED, Watcher, read_input_ids, train_fresh
+from dpg_cli.evidence.stock_recipe import require_stock_optimizer
 from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.settings.config import Config

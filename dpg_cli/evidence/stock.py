@@ -6,10 +6,10 @@ rounding. Memory is the model's, the optimiser's, four bytes a token of the data
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +20,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dpg_cli.errors import UsageError
+from dpg_cli.evidence.stock_recipe import stock_optimizers, stock_order, stock_schedule
 from dpg_cli.models.loading import LanguageModel, load_target
-from dpg_cli.settings.config import Config, InnerConfig
+from dpg_cli.settings.config import Config
+from dpg_cli.settings.inner import InnerConfig
 
 ROWS_AT_ONCE = 256  # most rows of a micro-batch
 # Most numbers that its logits may be. On the CPU 16 MB in float32, which the allocator keeps (a third faster than larger ones).
 LOGITS_AT_ONCE = {"cpu": 1 << 22}
 LOGITS_ELSEWHERE = 1 << 26  # with their gradient and log-softmax about 1 GB in float32
-
-ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 Progress = Callable[[int, int], None]  # examples done, of how many
 
@@ -53,56 +53,6 @@ class Watcher:
 UNWATCHED = Watcher()
 
 
-def require_stock_optimizer(inner: InnerConfig) -> None:
-    """Refuse optimiser settings that stock PyTorch lacks.
-
-    Raises:
-        UsageError: for Adam, AdamW and Muon (whose rest goes by AdamW) with ε_root > 0.
-    """
-    if inner.optimizer != "sgd" and inner.eps_root > 0:
-        name = ADAMS.get(inner.optimizer, torch.optim.AdamW).__name__
-        raise UsageError(
-            f"inner.eps_root = {inner.eps_root:g} is not a setting of torch.optim.{name}.",
-            "Only runs with inner.eps_root = 0 can be verified by stock PyTorch.",
-        )
-
-
-class MuonAndAdamW:
-    """torch.optim.Muon for the matrices within the model, AdamW for embeddings, head, norms and biases."""
-
-    def __init__(self, model: PreTrainedModel, inner: InnerConfig) -> None:
-        outer = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-        outer |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-        hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in outer]
-        rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in outer]
-        shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
-        muon = torch.optim.Muon(
-            hidden, momentum=inner.momentum, nesterov=inner.nesterov, adjust_lr_fn=inner.adjust_lr,
-            ns_steps=inner.ns_steps, **shared,
-        )  # fmt: skip
-        self.both = muon, torch.optim.AdamW(rest, betas=(inner.beta1, inner.beta2), eps=inner.eps, **shared)
-
-    def zero_grad(self) -> None:
-        """Of both."""
-        for one in self.both:
-            one.zero_grad()
-
-    def step(self) -> None:
-        """Of both."""
-        for one in self.both:
-            one.step()
-
-
-def stock_optimizer(model: PreTrainedModel, inner: InnerConfig) -> torch.optim.Optimizer | MuonAndAdamW:
-    """The optimiser of these settings as torch has it."""
-    if inner.optimizer == "muon":
-        return MuonAndAdamW(model, inner)
-    shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
-    if inner.optimizer in ADAMS:
-        return ADAMS[inner.optimizer](model.parameters(), betas=(inner.beta1, inner.beta2), eps=inner.eps, **shared)
-    return torch.optim.SGD(model.parameters(), momentum=inner.momentum, nesterov=inner.nesterov, **shared)
-
-
 def trained_target(
     config: Config, data: Path, device: torch.device, progress: Progress = silent
 ) -> tuple[LanguageModel, int, int]:
@@ -121,7 +71,8 @@ def train_fresh(
 ) -> tuple[LanguageModel, int]:
     """A fresh target after fine-tuning on token sequences with the run's recipe, and the optimiser steps it took."""
     target = load_target(config.models, device)
-    return target, fine_tune(target.model, sequences, config.inner, config.inner_steps, progress)
+    each = config.inner.steps_of_epoch(config.examples_per_step)
+    return target, fine_tune(target.model, sequences, config.inner, each, progress, config.seed)
 
 
 def read_input_ids(path: Path) -> list[np.ndarray]:
@@ -151,35 +102,50 @@ def fine_tune(
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int] | np.ndarray],
     inner: InnerConfig,
-    steps: int,
+    steps_of_epoch: int,
     progress: Progress = silent,
+    seed: int = 0,
 ) -> int:
-    """Ordinary supervised fine-tuning: next-token loss, each sequence used once.
+    """Ordinary supervised fine-tuning on next-token loss.
 
     Args:
         model: changed in place.
         sequences: token ids, every token after the first is a label.
-        inner: optimiser settings; the loss is the mean over the batch's tokens, or over all its places ("example").
-        steps: the sequences are split into this many batches of equal size.
+        inner: the recipe; the loss is the mean over the batch's tokens, or over all its places ("example").
+        steps_of_epoch: the sequences are split into this many batches of equal size.
         progress: called after each micro-batch.
+        seed: of a shuffled order.
 
     Returns:
         The number of optimiser steps taken.
     """
-    optimizer = stock_optimizer(model, inner)
     longest = inner.max_length or (max(map(len, sequences)) if len(sequences) else 0)
-    size = -(-len(sequences) // steps)
-    taken = 0
-    for start in range(0, len(sequences), size):
-        batch = sequences[start : start + size]
+    size = -(-len(sequences) // steps_of_epoch)
+    starts = range(0, len(sequences), size)
+    steps = inner.max_steps or math.ceil(inner.epochs * len(starts))
+    optimizers = stock_optimizers(model, inner)
+    schedules = [stock_schedule(optimizer, inner, steps) for optimizer in optimizers]
+    whole = sum(min(size, len(sequences) - starts[number % len(starts)]) for number in range(steps))
+    order: list[int] = []
+    passed = 0
+    for taken in range(steps):
+        epoch, start = taken // len(starts), starts[taken % len(starts)]
+        if start == 0:
+            order = stock_order(len(sequences), inner, seed, epoch)
+        batch = [sequences[row] for row in order[start : start + size]]
         tokens = sum(map(len, batch)) - len(batch)
         total = tokens if inner.normalization == "token" else len(batch) * longest
-        optimizer.zero_grad()
+        model.zero_grad()
         for done in accumulate(model, batch, total):
-            progress(start + done, len(sequences))
-        optimizer.step()
-        taken += 1
-    return taken
+            progress(passed + done, whole)
+        passed += len(batch)
+        if inner.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), inner.max_grad_norm)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            if taken + 1 < steps:  # transformers' polynomial has no value after the last step
+                schedule.step()
+    return steps
 
 
 def accumulate(model: PreTrainedModel, batch: Sequence[Sequence[int] | np.ndarray], total: int) -> Iterator[int]:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import pasted
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
-from dpg_cli.evidence.stock import UNWATCHED, Watcher, require_stock_optimizer, trained_target
+from dpg_cli.evidence.stock import UNWATCHED, Watcher, trained_target
+from dpg_cli.evidence.stock_recipe import require_stock_optimizer
 from dpg_cli.evidence.text import verify_text
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.metrics.registry import build_metric

@@ -103,6 +103,7 @@ class Job:
     attributed: bool = True
     extra_runs: int = 0
     element: int = 4
+    passes: float = 1.0
 
     @property
     def examples(self) -> int:
@@ -112,7 +113,7 @@ class Job:
     @property
     def inner_steps(self) -> int:
         """T."""
-        return -(-self.examples // self.inner_batch)
+        return max(1, round(self.passes * -(-self.examples // self.inner_batch)))
 
     @property
     def policy_steps(self) -> int:
@@ -163,6 +164,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
     """
     method = config.attribution.method
     several = method == "metagradient" and config.attribution_runs > 1
+    batch = min(config.inner.batch_size * config.inner.accumulation, config.examples_per_step)
     return Job(
         generator=generator,
         target=target,
@@ -171,7 +173,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         prompt_tokens=prompt_tokens or config.prompts.max_tokens or 1,
         completion_tokens=config.rollout.max_tokens,
         target_tokens=config.inner.max_length or config.rollout.max_tokens + 1,
-        inner_batch=min(config.inner.batch_size, config.examples_per_step),
+        inner_batch=batch,
         micro_batch=config.inner.micro_batch,
         states=config.inner.states,
         minibatch=min(config.policy.minibatch, config.examples_per_step),
@@ -183,6 +185,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         attributed=method in ("metagradient", "sgd"),
         extra_runs=int(several or method in ("sgd", "naive")),
         element=8 if config.models.dtype == "float64" else 4,
+        passes=config.inner_steps / -(-config.examples_per_step // batch),
     )
 
 
@@ -196,8 +199,8 @@ def computed_again(job: Job) -> int:
 
 def operations(job: Job) -> dict[str, float]:
     """Floating-point operations of an outer step by part, of all ranks together."""
-    steps, total = job.inner_steps, job.examples
-    forward_t = 2.0 * job.target.parameters * total * job.target_tokens
+    steps, total, visits = job.inner_steps, job.examples, job.examples * job.passes
+    forward_t = 2.0 * job.target.parameters * visits * job.target_tokens
     known = need_of(job).remembered_steps  # each spares its dual pass two forward-sized products, the first step one
     dual = 3 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
     reverse = dual / steps * forward_t if job.attributed else 0.0

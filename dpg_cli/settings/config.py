@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.settings.inner import InnerConfig
 from dpg_cli.settings.metric_options import (
     FRESH,
     METRIC_NAMES,
@@ -92,61 +93,6 @@ class RolloutConfig(Section):
         description="draw completions that do not depend on the number of processes, nor on batch_size or device beyond "
         "rounding; with several processes always so",
     )
-
-
-class InnerConfig(Section):
-    """The inner run: ordinary supervised fine-tuning of the target on the completions."""
-
-    labels: Literal["drawn", "soft"] = Field(
-        "drawn",
-        description="soft: each position's loss is its expectation under the generator, contexts as drawn: the mean over "
-        "drawn labels without their noise. The dataset and its verification are of drawn tokens always",
-    )
-    optimizer: Literal["adamw", "adam", "sgd", "muon"] = Field(
-        "adamw",
-        description="as in torch.optim: adamw and muon decouple the weight decay, adam and sgd add it to the gradient; muon moves "
-        "what is no hidden matrix by adamw",
-    )
-    lr: Positive = 1e-3
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: NonNegative = 1e-8
-    eps_root: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
-    momentum: Decay = Field(0.0, description="SGD and Muon only")
-    nesterov: bool = Field(False, description="SGD and Muon with momentum only: look ahead along it")
-    adjust_lr: Literal["original", "match_rms_adamw"] = Field(
-        "original", description="Muon only: how the rate of a matrix depends on its shape"
-    )
-    ns_steps: Annotated[int, Field(ge=1, lt=100)] = Field(5, description="Muon only: Newton-Schulz steps")
-    ns_bf16: bool = Field(
-        False,
-        description="Muon only: round within these steps as torch does, an error of about a hundredth of an update",
-    )
-    batch_size: PositiveInt = Field(256, description="B: examples an inner step; T = ceil(N / B)")
-    normalization: Literal["token", "example"] = "token"
-    max_length: Count = Field(
-        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
-    )
-    micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
-    states: Literal["keep", "sqrt", "offload"] = Field(
-        "keep",
-        description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
-        "(from an accelerator: in host memory); changes memory and time, and rounding",
-    )
-    precision: Literal["float32", "bf16"] = Field(
-        "float32",
-        description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
-        "the credits of the first inner step are a quarter off",
-    )
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> InnerConfig:
-        if self.nesterov and not (self.optimizer in ("sgd", "muon") and self.momentum > 0):
-            raise ValueError(
-                "nesterov looks ahead along a momentum; set optimizer = 'sgd' or 'muon', and a momentum above 0"
-            )
-        return self
 
 
 class AttributionConfig(Section):
@@ -285,8 +231,8 @@ class Config(Section):
 
     @property
     def inner_steps(self) -> int:
-        """T = ceil(N / B), optimiser steps an inner run."""
-        return -(-self.examples_per_step // self.inner.batch_size)
+        """T, optimiser steps an inner run."""
+        return self.inner.steps(self.examples_per_step)
 
     @property
     def attribution_runs(self) -> int:
@@ -475,4 +421,4 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The settings as TOML text that `validate(tomllib.loads(...))` turns into an equal `Config`."""
-    return tomli_w.dumps(config.model_dump(mode="json"))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

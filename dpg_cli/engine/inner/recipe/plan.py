@@ -62,8 +62,9 @@ class Batches:
         return -(-batches // self.accumulation)
 
     def rescaled(self, before: int, after: int) -> Batches:
-        """Batches with which `after` examples take as many steps an epoch as `before` do with these."""
-        return replace(self, size=-(-after // min(after, max(1, self.steps_of_epoch(before)))), accumulation=1)
+        """Batches with which `after` examples take as many steps an epoch as `before` do with these; none is left out."""
+        size = -(-after // min(after, max(1, self.steps_of_epoch(before))))
+        return replace(self, size=size, accumulation=1, drop_last=False)
 
     def steps(self, count: int) -> int:
         """T: optimiser steps of a run on `count` examples."""

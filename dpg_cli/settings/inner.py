@@ -1,0 +1,173 @@
+"""The settings of the inner run: the recipe by which the target is fine-tuned, and how its states are kept. Free of torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dpg_cli.settings.metric_options import Count, Decay, NonNegative, Positive, PositiveInt, Section
+
+
+class GroupConfig(Section):
+    """Parameters of the target that differ from the rest: `[[inner.groups]]`. Of several that match, the first decides."""
+
+    names: tuple[str, ...] = Field((), description="globs of parameter names; each must match one", strict=False)
+    lr: Positive | None = Field(None, description="their peak learning rate")
+    weight_decay: NonNegative | None = Field(None, description="their weight decay")
+    frozen: bool = Field(False, description="they are not trained")
+
+    @model_validator(mode="after")
+    def _means_something(self) -> GroupConfig:
+        if not self.names:
+            raise ValueError("names: a group needs at least one glob of parameter names")
+        if self.frozen == (self.lr is not None or self.weight_decay is not None):
+            raise ValueError("a group is frozen, or has an lr or a weight_decay of its own")
+        return self
+
+
+class InnerConfig(Section):
+    """The inner run: ordinary supervised fine-tuning of the target on the completions."""
+
+    labels: Literal["drawn", "soft"] = Field(
+        "drawn",
+        description="soft: each position's loss is its expectation under the generator, contexts as drawn: the mean over "
+        "drawn labels without their noise. The dataset and its verification are of drawn tokens always",
+    )
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = Field(
+        "adamw",
+        description="as in torch.optim: adamw and muon decouple the weight decay, adam and sgd add it to the gradient; muon moves "
+        "what is no hidden matrix by adamw",
+    )
+    lr: Positive = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: NonNegative = 1e-8
+    eps_root: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    momentum: Decay = Field(0.0, description="SGD and Muon only")
+    nesterov: bool = Field(False, description="SGD and Muon with momentum only: look ahead along it")
+    adjust_lr: Literal["original", "match_rms_adamw"] = Field(
+        "original", description="Muon only: how the rate of a matrix depends on its shape"
+    )
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = Field(5, description="Muon only: Newton-Schulz steps")
+    ns_bf16: bool = Field(
+        False,
+        description="Muon only: round within these steps as torch does, an error of about a hundredth of an update",
+    )
+    schedule: Literal["constant", "linear", "cosine", "restarts", "polynomial", "inverse-sqrt", "stable-decay"] = Field(
+        "constant", description="of the learning rate over an inner run, as `transformers.get_scheduler` has it"
+    )
+    warmup: NonNegative = Field(
+        0.0, description="steps over which the rate rises from 0, or below 1, their share of all steps"
+    )
+    cycles: NonNegative = Field(0.0, description="waves of `cosine` (0: half a one, down once), or restarts (0: one)")
+    power: NonNegative = Field(1.0, description="polynomial only")
+    lr_end: NonNegative = Field(1e-7, description="learning rate at the end, polynomial only")
+    lr_floor: NonNegative = Field(0.0, description="lowest share of lr, cosine and stable-decay only")
+    timescale: Count = Field(0, description="inverse-sqrt only; 0: the warm-up steps, or 10,000 without any")
+    decay_steps: Count = Field(0, description="stable-decay only: steps of the final decay")
+    decay: Literal["cosine", "linear", "1-sqrt"] = Field("cosine", description="stable-decay only: its form")
+    max_grad_norm: NonNegative = Field(0.0, description="gradients are clipped to this global norm; 0: never")
+    no_decay: tuple[str, ...] = Field(
+        (),
+        description="parameters without weight decay: `biases`, `norms` (both: what the transformers Trainer leaves out), "
+        "`embeddings`, or globs of names",
+        strict=False,
+    )
+    groups: tuple[GroupConfig, ...] = Field(
+        (), description="`[[inner.groups]]` with names, and lr, weight_decay or frozen", strict=False
+    )
+    batch_size: PositiveInt = Field(256, description="B: examples of a batch")
+    accumulation: PositiveInt = Field(
+        1, description="batches of an inner step; its loss is normalised over all of them"
+    )
+    epochs: Positive = Field(1.0, description="passes over the examples")
+    max_steps: Count = Field(0, description="inner steps, whatever epochs says; 0: by epochs")
+    order: Literal["given", "shuffled"] = Field(
+        "given", description="shuffled: anew in each epoch, by the run's seed, as the transformers Trainer does"
+    )
+    drop_last: bool = Field(False, description="leave out what does not fill a batch at the end of an epoch")
+    normalization: Literal["token", "example"] = "token"
+    max_length: Count = Field(
+        0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
+    )
+    micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
+    states: Literal["keep", "sqrt", "offload"] = Field(
+        "keep",
+        description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
+        "(from an accelerator: in host memory); changes memory and time, and rounding",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
+        "the credits of the first inner step are a quarter off",
+    )
+
+    def steps_of_epoch(self, count: int) -> int:
+        """Inner steps of one epoch over `count` examples."""
+        batches = count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        return -(-batches // self.accumulation)
+
+    def steps(self, count: int) -> int:
+        """T: inner steps of a run on `count` examples."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_of_epoch(count))
+
+    def in_words(self, steps: int) -> str:
+        """The recipe as anybody could repeat it, without the steps' examples.
+
+        Args:
+            steps: T.
+        """
+        momentum = f"{'Nesterov ' if self.nesterov else ''}momentum {self.momentum:g}"
+        adam = f"beta ({self.beta1:g}, {self.beta2:g}), eps {self.eps:g}, eps_root {self.eps_root:g}"
+        rest = {
+            "sgd": momentum,
+            "muon": f"{momentum}, {self.ns_steps} Newton-Schulz steps, rate {self.adjust_lr} (else adamw: {adam})",
+        }.get(self.optimizer, adam)
+        shape = "" if self.schedule == "constant" else f", schedule {self.schedule}"
+        if self.warmup:
+            shape += (
+                f" after {self.warmup:g} warm-up steps" if self.warmup >= 1 else f" after {self.warmup:.0%} warm-up"
+            )
+        words = [f"{self.optimizer}, learning rate {self.lr:g}{shape}", rest, f"weight decay {self.weight_decay:g}"]
+        if self.no_decay:
+            words.append(f"none on {', '.join(self.no_decay)}")
+        words += [f"gradients clipped to norm {self.max_grad_norm:g}"] if self.max_grad_norm else []
+        for group in self.groups:
+            own = (
+                "frozen"
+                if group.frozen
+                else ", ".join(
+                    f"{name} {value:g}"
+                    for name, value in (("lr", group.lr), ("decay", group.weight_decay))
+                    if value is not None
+                )
+            )
+            words.append(f"{' '.join(group.names)}: {own}")
+        order = "in order" if self.order == "given" else "in a shuffled order"
+        passes = "each used once" if self.epochs == 1 else f"{self.epochs:g} epochs"
+        passes = "as often as that takes" if self.max_steps else passes
+        counted = f"{steps} optimiser step{'s' if steps > 1 else ''}"
+        return f"{', '.join(words)}; {counted} over all rows {order}, {passes}"
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> InnerConfig:
+        if self.nesterov and not (self.optimizer in ("sgd", "muon") and self.momentum > 0):
+            raise ValueError(
+                "nesterov looks ahead along a momentum; set optimizer = 'sgd' or 'muon', and a momentum above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> InnerConfig:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup: {self.warmup:g} is neither a whole number of steps nor a share below 1")
+        if self.schedule == "stable-decay" and not self.decay_steps:
+            raise ValueError("decay_steps: schedule = 'stable-decay' needs the number of steps of its decay")
+        if self.schedule == "polynomial" and not self.lr > self.lr_end:
+            raise ValueError(f"lr_end: a polynomial schedule ends below lr ({self.lr:g}), not at {self.lr_end:g}")
+        if self.lr_floor > 1:
+            raise ValueError(f"lr_floor: {self.lr_floor:g} is more than the whole rate")
+        return self
