@@ -300,8 +300,7 @@ def _without_safetensors(name: str, path: Path) -> ModelError:
     if pickles:
         return ModelError(
             f"{name} holds its weights as a pickle ({pickles[0]}), which is not opened: loading one can run any code.",
-            "If you trust it, write safetensors beside it: "
-            + command("", path, str(path), 'use_safetensors=False, dtype="auto"'),
+            pickle_remedy(path),
         )
     if gguf:
         return ModelError(f"{name} holds its weights as GGUF ({gguf[0].name}).", gguf_command(path, gguf[0].name))
@@ -326,6 +325,12 @@ def command(then: str, source: Path, to: str, options: str = 'dtype="auto"') -> 
     """A command that loads a model by transformers and saves it in floating point, as it can be pasted."""
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({_literal(source)}, {options})"
     return f"python -c {shlex.quote(f'{code}{then}.save_pretrained({_literal(to)})')}"
+
+
+def pickle_remedy(folder: Path) -> str:
+    """What to do with a folder whose weights are a pickle."""
+    options = 'use_safetensors=False, dtype="auto"'
+    return f"If you trust it, write safetensors beside it: {command('', folder, str(folder), options)}."
 
 
 def gguf_command(folder: Path, file: str) -> str:
