@@ -146,6 +146,16 @@ def test_adapters_that_are_not_whole(beside: bool, damage: Any, words: str, tmp_
     assert caught.value.remedy
 
 
+def test_an_adapter_has_no_module_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft imports the module that a Megatron adapter names, from the working folder too."""
+    folder = adapter(tmp_path)
+    (tmp_path / "hostile.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings(folder, megatron_config={"a": 1}, megatron_core="hostile")
+    with pytest.raises(ModelError, match="asks for more than its weights"):
+        loaded(folder)
+
+
 def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     folder = adapter(tmp_path)
     settings(folder, base_model_name_or_path=str(saved(make("gpt2"), tmp_path / "other")))

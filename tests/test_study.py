@@ -212,7 +212,7 @@ def test_small_cells_measure_what_their_sections_read(tmp_path: Path) -> None:
         (transfer, {"task": "pattern-67", "seed": 0, "steps": 2}),
     ):
         store.add(module.NAME, settings, module.measure(settings))
-    from benchmarks.study.pages import draw, sections
+    from benchmarks.study.experiments import draw, sections
 
     page = "\n".join(sections(store, "figures"))
     assert page.count("**Expected**") >= 4

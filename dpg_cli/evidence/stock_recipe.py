@@ -45,7 +45,7 @@ def stock_optimizers(model: PreTrainedModel, inner: InnerConfig) -> list[torch.o
     Muon is two: torch.optim.Muon for the matrices within the model, AdamW for embeddings, head, norms and biases.
     """
     shared: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
-    adam = {"betas": (inner.beta1, inner.beta2), "eps": inner.eps}
+    adam: dict[str, Any] = {"betas": (inner.beta1, inner.beta2), "eps": inner.eps}
     groups = stock_groups(model, inner)
     if inner.optimizer in ADAMS:
         return [ADAMS[inner.optimizer](groups, **adam, **shared)]
@@ -55,7 +55,7 @@ def stock_optimizers(model: PreTrainedModel, inner: InnerConfig) -> list[torch.o
     outer |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     hidden = [group for group in groups if group["params"][0].ndim == 2 and id(group["params"][0]) not in outer]
     rest = [group for group in groups if group["params"][0].ndim != 2 or id(group["params"][0]) in outer]
-    muon = {"momentum": inner.momentum, "nesterov": inner.nesterov, "adjust_lr_fn": inner.adjust_lr}
+    muon: dict[str, Any] = {"momentum": inner.momentum, "nesterov": inner.nesterov, "adjust_lr_fn": inner.adjust_lr}
     made: list[torch.optim.Optimizer] = []
     if hidden:
         made.append(torch.optim.Muon(hidden, ns_steps=inner.ns_steps, **muon, **shared))

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpg_cli.errors import UsageError
 from dpg_cli.inspection.tensors import PICKLES, Tensor, TensorFile, read_header
+from dpg_cli.models.folder import pickle_remedy
 from dpg_cli.runs.status import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -127,7 +128,7 @@ def weights_of(folder: Path) -> Weights:
     index = folder / INDEX
     if index.is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise UsageError(f"{index} has no proper weight_map.", "Take the folder from a copy.")
         files = sorted(set(names.values()))
         for name in files:
@@ -142,7 +143,7 @@ def weights_of(folder: Path) -> Weights:
         if pickles:
             raise UsageError(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which is not opened: loading one can run any code.",
-                "Convert it to safetensors.",
+                pickle_remedy(folder),
             )
         raise UsageError(f"{folder} has no safetensors files.", "Name a run, a checkpoint or a model folder.")
     return Weights(tuple(read_header(path) for path in found))

@@ -20,6 +20,7 @@ from dpg_cli.models.hub import first_line, snapshot
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "consolidated*.pth", "*.ckpt", "model.bin")
+FOREIGN = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "auto_mapping")  # of adapter_config.json
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 LARGEST_JSON = 200_000_000  # bytes: the tokenisers and indices of the largest models have a tenth of it
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -300,8 +301,7 @@ def _without_safetensors(name: str, path: Path) -> ModelError:
     if pickles:
         return ModelError(
             f"{name} holds its weights as a pickle ({pickles[0]}), which is not opened: loading one can run any code.",
-            "If you trust it, write safetensors beside it: "
-            + command("", path, str(path), 'use_safetensors=False, dtype="auto"'),
+            pickle_remedy(path),
         )
     if gguf:
         return ModelError(f"{name} holds its weights as GGUF ({gguf[0].name}).", gguf_command(path, gguf[0].name))
@@ -309,7 +309,14 @@ def _without_safetensors(name: str, path: Path) -> ModelError:
 
 
 def _require_adapter(name: str, path: Path) -> None:
-    """Refuse an adapter whose weights are not there."""
+    """Refuse an adapter whose weights are not there, or that would have peft import a module or open a further file."""
+    settings = read_json(path / ADAPTER)
+    odd = next((key for key in FOREIGN if settings.get(key)), None)
+    if odd is not None:
+        raise ModelError(
+            f"The adapter of {name} asks for more than its weights ({odd} in {ADAPTER}), which dpg does not open.",
+            "Merge it where it was trained (merge_and_unload) and name what save_pretrained writes.",
+        )
     if (path / ADAPTER_WEIGHTS).is_file():
         _header(name, path / ADAPTER_WEIGHTS)
         return
@@ -326,6 +333,12 @@ def command(then: str, source: Path, to: str, options: str = 'dtype="auto"') -> 
     """A command that loads a model by transformers and saves it in floating point, as it can be pasted."""
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({_literal(source)}, {options})"
     return f"python -c {shlex.quote(f'{code}{then}.save_pretrained({_literal(to)})')}"
+
+
+def pickle_remedy(folder: Path) -> str:
+    """What to do with a folder whose weights are a pickle."""
+    options = 'use_safetensors=False, dtype="auto"'
+    return f"If you trust it, write safetensors beside it: {command('', folder, str(folder), options)}."
 
 
 def gguf_command(folder: Path, file: str) -> str:
