@@ -16,6 +16,7 @@ from .stock import Recipe, Run
 from .tiny import PAD, VOCAB
 
 ADAMW = Recipe("AdamW", {"lr": 0.02, "betas": (0.8, 0.95), "eps": 0.03, "weight_decay": 0.1}, batch=3)
+SGD = Recipe("SGD", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}, batch=2)
 
 
 class HeldOut:

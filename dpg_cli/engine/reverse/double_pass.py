@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from dpg_cli.engine.inner.cuts import DETACHING, SWITCH, refuse_embedding
 from dpg_cli.engine.inner.target import Labelled, TargetRun, fused_activations, logits_of
@@ -33,6 +34,23 @@ CUTTING = (
     "The target has autograd functions without a forward derivative, and cuts its gradient besides (detach or no_grad): "
     "no second derivative of it is right here."
 )
+BLANK = frozenset(  # what takes the shape of a tensor alone
+    (
+        torch.zeros_like,
+        torch.ones_like,
+        torch.empty_like,
+        torch.full_like,
+        torch.Tensor.new_zeros,
+        torch.Tensor.new_ones,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_full,
+        torch.Tensor.new_tensor,
+    )
+)
+
+
+def _any_float(made: Any) -> bool:
+    return any(isinstance(one, Tensor) and one.is_floating_point() for one in tree_leaves(made))
 
 
 class DoubleMode(TorchFunctionMode):
@@ -55,11 +73,12 @@ class DoubleMode(TorchFunctionMode):
             return self._embedding(*args, **kwargs)
         if func is SWITCH:
             self.enabled = args[0]
-        elif func in DETACHING or not self.enabled:
+        made = func(*args, **kwargs)
+        if (func in DETACHING or not self.enabled) and func not in BLANK and _any_float(made):
             given = (*args, *kwargs.values())
-            if any(isinstance(one, Tensor) and one.requires_grad and one.is_floating_point() for one in given):
+            if any(isinstance(one, Tensor) and one.requires_grad for one in given):
                 raise UsageError(CUTTING, "Load a variant of the model without them.")
-        return func(*args, **kwargs)
+        return made
 
     def _embedding(
         self,

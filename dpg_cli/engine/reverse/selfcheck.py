@@ -88,7 +88,8 @@ def selfcheck(run: TargetRun, examples: Examples, *, need_hvp: bool = True) -> F
     known = _known.setdefault(model, {})
     if key not in known:
         alone = replace(run, precision="float32", micro_batch=ROWS, ranks=ALONE)
-        known[key] = _check(alone, run.space.read(model), examples, need_hvp)
+        with torch.enable_grad():
+            known[key] = _check(alone, run.space.read(model), examples, need_hvp)
     return known[key]
 
 
