@@ -177,8 +177,9 @@ def test_advantages_give_the_gradient_of_log_probabilities(bias: bool) -> None:
     logits = (labels.hidden_N_K_D @ weight.mT + offset) / 1.3
     chosen = torch.log_softmax(logits, -1).gather(-1, rollout.ids_N_K[..., None])[..., 0]
     (chosen * advantage * rollout.mask_N_K).sum().backward()
-    found = LabelGradient.like(labels).total
-    add_advantages(found, labels, rollout, Credit(advantage))
+    gradient = LabelGradient.like(labels, torch.arange(N * K))
+    add_advantages(gradient, labels, rollout, Credit(advantage))
+    found = gradient.total
     reference = with_bias(weight.grad, offset.grad if bias else None)  # type: ignore[arg-type]
     assert relative(found, reference) < 1e-12
 
@@ -198,7 +199,8 @@ def test_the_labels_gradient_is_the_derivative_of_phi_by_the_generators_head(bat
     def run(at: HeadLabels, **options: object):
         return metagradient(model, replace(examples, soft=at), spec, metric, batch_size=batch, **options)  # type: ignore[arg-type]
 
-    sink, drawn = LabelGradient.like(labels), DrawnCredit(torch.zeros(N, K, dtype=torch.float64))
+    whole = replace(labels, offset=0, width=K)
+    sink, drawn = LabelGradient.like(whole, torch.arange(N * K)), DrawnCredit(torch.zeros(N, K, dtype=torch.float64))
     result = run(labels, sink=sink, labels=True)
     run(labels, sink=drawn)
     assert result.label_N_S_V is not None
@@ -233,11 +235,11 @@ def make_policy(labels: HeadLabels, spec: NaturalSpec) -> tuple[NaturalPolicy, H
 def test_steps_cost_what_they_are_to_and_the_whole_keeps_to_the_budget(bias: bool) -> None:
     spec = NaturalSpec(trust=1e-4, kl_budget=1.5e-3, damping=1e-3)
     policy, labels = make_policy(make_labels(bias=bias, barred=0), spec)
-    mask = torch.ones(N, K, dtype=torch.bool)
+    every = torch.arange(N * K)
     gradient = torch.randn(ROWS, WIDTH + bias, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     total = []
     for step in range(6):
-        numbers = policy.step(labels, mask, gradient.clone(), phi=-1.0 + 0.1 * step)
+        numbers = policy.step(labels, every, gradient.clone(), phi=-1.0 + 0.1 * step)
         total.append(numbers["kl"])
         if step < 2:
             assert numbers["step_kl"] == pytest.approx(numbers["trust"], rel=0.05)
@@ -246,7 +248,7 @@ def test_steps_cost_what_they_are_to_and_the_whole_keeps_to_the_budget(bias: boo
     assert total[1] == pytest.approx(1e-4 * (1 + 1.1**0.5) ** 2, rel=0.1)  # in one direction lengths add up
     assert max(total) <= 1.5e-3
     assert total[-1] > 0.95 * 1.5e-3
-    policy.step(labels, mask, gradient.clone(), phi=-3.0)  # Φ fell
+    policy.step(labels, every, gradient.clone(), phi=-3.0)  # Φ fell
     assert policy.trust == pytest.approx(1e-4 * 1.1**5 / 2)
 
 
@@ -255,7 +257,7 @@ def test_a_step_that_is_no_longer_small_is_shortened() -> None:
     rare = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
     rare[0] = labels.hidden_N_K_D.flatten(0, 1).mean(0)
     fisher = fisher_of(labels, torch.arange(N * K))
-    numbers = policy.step(labels, torch.ones(N, K, dtype=torch.bool), fisher.product(rare), phi=0.0)
+    numbers = policy.step(labels, torch.arange(N * K), fisher.product(rare), phi=0.0)
     assert numbers["step_kl"] < 0.75
     assert numbers["kl"] == pytest.approx(numbers["step_kl"])
 
@@ -264,14 +266,14 @@ def test_a_kl_coefficient_pulls_back_to_the_start() -> None:
     policy, labels = make_policy(
         make_labels(bias=True, barred=0), NaturalSpec(trust=1e-3, kl=5.0, damping=0.0, tolerance=1e-9)
     )
-    mask = torch.ones(N, K, dtype=torch.bool)
+    every = torch.arange(N * K)
     policy.change.add(
         0.05 * torch.randn(ROWS, WIDTH + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
     before = with_bias(*policy.change.now).clone()
     tiny = 1e-9 * torch.randn(ROWS, WIDTH + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     fisher = fisher_of(labels, torch.arange(N * K))
-    numbers = policy.step(labels, mask, tiny, phi=0.0)
+    numbers = policy.step(labels, every, tiny, phi=0.0)
     moved, back = with_bias(*policy.change.now) - before, with_bias(*policy.change.start) - before
 
     def inner(a: Tensor, b: Tensor) -> float:
@@ -286,11 +288,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_head_alone() -> None:
     before = labels.weight.clone()
     gradient = torch.full((ROWS, WIDTH), math.nan, dtype=torch.float64)
     with pytest.raises(DegenerateError, match="not finite"):
-        policy.step(labels, torch.ones(N, K, dtype=torch.bool), gradient, phi=0.0)
+        policy.step(labels, torch.arange(N * K), gradient, phi=0.0)
     assert torch.equal(labels.weight, before)
-    numbers = policy.step(
-        labels, torch.ones(N, K, dtype=torch.bool), torch.zeros(ROWS, WIDTH, dtype=torch.float64), phi=0.0
-    )
+    numbers = policy.step(labels, torch.arange(N * K), torch.zeros(ROWS, WIDTH, dtype=torch.float64), phi=0.0)
     assert numbers["step_kl"] == 0
     assert torch.equal(labels.weight, before)
 

@@ -229,9 +229,11 @@ def improve(
 ) -> dict[str, float]:
     """The policy step of an outer step, and its figures."""
     if players.natural is not None and labels is not None:
-        total = (LabelGradient.like(labels) if sink is None else sink).total
-        add_advantages(total, labels, rollout, credit, players.ranks)
-        return players.natural.step(labels, rollout.mask_N_K, players.ranks.sum_(total), phi)
+        places = players.natural.places(rollout.mask_N_K)
+        gradient = LabelGradient.like(labels, places) if sink is None else sink
+        add_advantages(gradient, labels, rollout, credit, players.ranks)
+        gradient.total.mul_(int(rollout.mask_N_K.sum()) / len(places))  # of all tokens, from those that were looked at
+        return players.natural.step(labels, places, players.ranks.sum_(gradient.total), phi)
     for group in players.policy.param_groups:
         group["lr"] = spec.lr_at(step)
     return policy_step(
@@ -251,14 +253,15 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     rollout = sample(generator.model, generator.tokenizer, prompts, spec.sampling, players.rng, ranks=players.ranks)
     clock.append(time.perf_counter())
 
-    natural = players.natural is not None
-    labels = labels_of(players, spec, rollout) if natural or spec.labels == "soft" else None
-    sink = LabelGradient.like(labels) if natural and labels is not None and spec.credit == "expected" else None
+    natural, sink = players.natural, None
+    labels = labels_of(players, spec, rollout) if natural is not None or spec.labels == "soft" else None
+    if natural is not None and labels is not None and spec.credit == "expected":
+        sink = LabelGradient.like(labels, natural.places(rollout.mask_N_K))
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout, labels, sink)
     refuse_dead_reward(result, spec.attribution.per_example or spec.labels == "soft")
     credit = assign(
         spec.credit, token_N_K, label_N_K_V, rollout.mask_N_K, rollout.group_size,
-        discount=spec.discount, across=spec.attribution.across, normalize=not natural, elsewhere=sink is not None,
+        discount=spec.discount, across=spec.attribution.across, normalize=natural is None, elsewhere=sink is not None,
     )  # fmt: skip
     clock.append(time.perf_counter())
 

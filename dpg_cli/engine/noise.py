@@ -24,7 +24,7 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state, update
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
 from dpg_cli.engine.records import Examples
 
-TOKENS = 8192  # that moments are taken of, at most
+TOKENS = 65536  # that moments are taken of, at most
 
 
 @runtime_checkable

@@ -145,9 +145,12 @@ class PolicyConfig(Section):
         1e-3,
         description="natural: KL of the first step, in nats a token; halved when Φ falls, a tenth larger when it does not",
     )
-    damping: NonNegative = Field(1e-3, description="natural: λ, as a share of a Kronecker product that stands near F")
-    cg_iterations: PositiveInt = Field(20, description="natural: most products with F a step")
-    fisher_tokens: PositiveInt = Field(16384, description="natural: tokens a step that F and the KL are measured on")
+    damping: NonNegative = Field(1e-2, description="natural: λ, as a share of a Kronecker product that stands near F")
+    cg_iterations: PositiveInt = Field(10, description="natural: most products with F a step")
+    fisher_tokens: PositiveInt = Field(
+        32768,
+        description="natural: tokens a step that the gradient, F and the KL are taken of; the others only act on Φ",
+    )
     lr: Positive = 1e-3
     beta1: Decay = 0.9
     beta2: Decay = 0.95

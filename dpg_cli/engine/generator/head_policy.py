@@ -62,21 +62,34 @@ class LabelGradient:
 
     Attributes:
         total: (V, D), and a column for the bias where there is one.
+        chosen: the completion tokens that count, (N · K), bool.
     """
 
     total: Tensor
+    chosen: Tensor
 
     @classmethod
-    def like(cls, labels: HeadLabels) -> LabelGradient:
-        """Nothing yet."""
-        return cls(torch.zeros_like(with_bias(labels.weight, labels.bias)))
+    def like(cls, labels: HeadLabels, places_M: Tensor) -> LabelGradient:
+        """Nothing yet.
+
+        Args:
+            labels: of a rollout, its `width` K.
+            places_M: of the tokens that count.
+        """
+        chosen = torch.zeros(len(labels.number_N) * labels.width, dtype=torch.bool, device=places_M.device)
+        chosen[places_M] = True
+        return cls(torch.zeros_like(with_bias(labels.weight, labels.bias)), chosen)
 
     @torch.no_grad()
     def add(self, labels: SoftLabels, places_M: Tensor, drawn_M: Tensor, q_M_V: Tensor, credit_M_V: Tensor) -> None:
         """See `LabelSink`."""
         if not isinstance(labels, HeadLabels):
             raise TypeError("the gradient by a head needs the labels of a head")
-        hidden = labels.hidden(places_M)
+        row, column = labels.columns(places_M)
+        own = self.chosen[labels.number_N[row] * labels.hidden_N_K_D.shape[1] + column]
+        if not bool(own.all()):
+            row, column, q_M_V, credit_M_V = row[own], column[own], q_M_V[own], credit_M_V[own]
+        hidden = labels.hidden_N_K_D[row, column]
         pull = credit_M_V.sub_(torch.linalg.vecdot(q_M_V, credit_M_V)[:, None]).mul_(q_M_V)
         weight = self.total[:, : hidden.shape[1]]
         weight.addmm_(pull.mT, hidden, alpha=1 / labels.temperature)
@@ -115,10 +128,11 @@ def with_ones(hidden_M_D: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def add_advantages(
-    total_V_D: Tensor, labels: HeadLabels, rollout: Rollout, credit: Credit, ranks: Ranks = ALONE
+    gradient: LabelGradient, labels: HeadLabels, rollout: Rollout, credit: Credit, ranks: Ranks = ALONE
 ) -> None:
-    """Add Σ_s A_s (e_y - q_s) h_sᵀ / temperature over the sampled tokens to the head's gradient; each rank its share."""
-    weights = (credit.advantage_N_K * rollout.mask_N_K).flatten()
+    """Add Σ_s A_s (e_y - q_s) h_sᵀ / temperature over the sampled tokens that count; each rank its share."""
+    total_V_D = gradient.total
+    weights = (credit.advantage_N_K * rollout.mask_N_K).flatten() * gradient.chosen
     places = weights.nonzero()[:, 0]
     places = places[ranks.shard(len(places))]
     ids = rollout.ids_N_K.flatten()

@@ -4,7 +4,9 @@
 
 1. ∇Φ of the head's weights: of labels, Σ_s h_s Σ_y ∇π(y) τ_s(y), which a sink takes while the inner run is reversed, and of
    sampled tokens, Σ_s A_s (e_y - q_s) h_s. Nothing is normalised: it is the derivative of Φ itself.
-2. d by conjugate gradients on products with the Fisher of the generator's tokens (`fisher.py`).
+2. d by conjugate gradients on products with the Fisher of the generator's tokens (`fisher.py`), of the very tokens that the
+   gradient was taken of: a row of the head whose token is likely in a few contexts only has curvature there alone, and a
+   gradient from other contexts would be answered by a change without bound.
 3. δ is halved when Φ has fallen since the step before, and grows slowly otherwise. Should the step cost more than it was to,
    being no longer small, it is shortened.
 4. KL(π ‖ π_start) a token, measured on the rollout's contexts, is kept to a budget: beyond it the whole change of the head so
@@ -41,16 +43,16 @@ class NaturalSpec:
         kl: β, in units of Φ per nat a token.
         damping: λ, without a unit.
         iterations, tolerance: of the conjugate gradients.
-        tokens: that the Fisher and the KL are measured on, at most.
+        tokens: that the gradient, the Fisher and the KL are taken of, at most.
     """
 
     trust: float = 1e-3
     kl_budget: float = 0.1
     kl: float = 0.0
-    damping: float = 1e-3
-    iterations: int = 20
+    damping: float = 1e-2
+    iterations: int = 10
     tolerance: float = 0.05
-    tokens: int = 16384
+    tokens: int = 32768
 
 
 @dataclass
@@ -79,13 +81,17 @@ class NaturalPolicy:
         self.phi = phi
         return self.trust
 
+    def places(self, mask_N_K: Tensor) -> Tensor:
+        """The completion tokens that a step is taken from, on the flat (N · K) axis: evenly spread ones."""
+        return spread(mask_N_K.flatten().nonzero()[:, 0], self.spec.tokens)
+
     @torch.no_grad()
-    def step(self, labels: HeadLabels, mask_N_K: Tensor, gradient_V_D: Tensor, phi: float) -> dict[str, float]:
+    def step(self, labels: HeadLabels, places: Tensor, gradient_V_D: Tensor, phi: float) -> dict[str, float]:
         """One step.
 
         Args:
             labels: the rollout's distributions under the head as it is; their `width` is K.
-            mask_N_K: real completion tokens.
+            places: the tokens that the gradient is of.
             gradient_V_D: ∇Φ by the head, the bias as its last column; used up.
             phi: Φ of the generator as it is.
 
@@ -99,7 +105,6 @@ class NaturalPolicy:
         if not math.isfinite(norm):
             raise DegenerateError("The generator's gradient is not finite.", "Look at the rewards, or lower inner.lr.")
         trust = self.seen(phi)
-        places = spread(mask_N_K.flatten().nonzero()[:, 0], self.spec.tokens)
         hidden = labels.hidden(places)
         before = labels.weight.clone(), None if labels.bias is None else labels.bias.clone()
         if self.spec.kl > 0:
@@ -119,9 +124,10 @@ class NaturalPolicy:
             scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
             self.change.add(found.x, scale)
             cost = divergence(hidden, self.change.now, before, labels.temperature)
-            if cost > COSTLY * trust:  # no longer small: shorten it
-                shorter = (trust / cost) ** 0.5
+            while cost > COSTLY * trust:  # no longer small: shorten it
+                shorter = max(0.1, (trust / cost) ** 0.5)
                 self.change.add(found.x, scale * (shorter - 1))
+                scale *= shorter
                 cost = divergence(hidden, self.change.now, before, labels.temperature)
             numbers |= {"step_kl": cost, "iterations": float(found.iterations), "residual": found.residual}
         numbers["kl"] = self.keep_to_budget(hidden, labels.temperature)
