@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +110,10 @@ def test_streamed_rewards_are_those_of_the_whole(
 
     rollout, players = at_once(config, built), built.players
     reading = read_completions(rollout, players.generator, players.target)
-    batch = -(-EXAMPLES // config.inner_steps)
-    assert (config.inner_steps, batch) == (2, 25)
-    inner = replace(built.spec.inner(), batch_size=batch)
+    spec = built.spec.rescaled(config.examples_per_step, EXAMPLES)
+    assert (config.inner_steps, spec.recipe.batches.size) == (2, 25)
     wanted = attribute_examples(
-        players.target.model, reading.examples, players.metric, AttributionSpec(), inner, group_size=3
+        players.target.model, reading.examples, players.metric, AttributionSpec(), spec.inner, group_size=3
     )
     token_N_K = reading.collect(wanted.token_N_S)
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from dpg_cli.data.sources import JSON_LINES, PARQUET, parse
 from dpg_cli.errors import UsageError
 
-MOST_ROWS = 32_768  # of each dataset
+MOST_ROWS = 16_384  # of each dataset
 MOST_TOKENS = 1 << 22  # of each dataset
 ID_COLUMNS = ("token_ids", "input_ids")
 TEXT_COLUMNS = ("text", "completion", "response", "messages")
