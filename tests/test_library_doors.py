@@ -326,7 +326,7 @@ def test_padding_may_hold_anything() -> None:
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
-    with pytest.raises(UsageError, match="trainable parameter|frozen"):
+    with pytest.raises(UsageError, match=r"trainable parameter|frozen"):
         attribution(make_target("gpt2", tied=True).requires_grad_(False), rows(3, 0))
 
 
