@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import make, saved
+from checkpoints import END, ROWS, make, saved
 from short_run import call
+from zoo.tiny import tiny_model
 
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.trial import RandomDirection, try_out
@@ -91,3 +93,32 @@ def test_the_commands_try_it(
     assert answer.code == 2
     last = answer.err.splitlines()[-1]
     assert "The model 'tiny' cannot be attributed: grouped_mm has no forward derivative." in last
+
+
+@pytest.mark.parametrize(("name", "said"), [("bloom", "double backward"), ("mixtral", "Experts ran as 'eager'")])
+def test_what_the_engine_chose_is_said(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models whose second derivative takes another way: fine, and why, in the dry run and in the check."""
+    folder = saved(tiny_model(name, vocab_size=ROWS, eos_token_id=END, pad_token_id=END).float(), tmp_path / name)
+    asked = [
+        "l2-shrink",
+        "--target",
+        folder,
+        "--prompts",
+        "empty",
+        "--set",
+        "credit.mode=token",
+        "--set",
+        "rollout.max_tokens=8",
+        "--set",
+        "rollout.min_tokens=1",
+    ]
+    answer = call(capsys, monkeypatch, "run", *asked, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert said in answer.out
+    answer = call(capsys, monkeypatch, "check", *asked, "--completions", "4", "--json")
+    assert answer.code in (0, 1, 3), answer.err
+    found = {finding["name"]: finding for finding in json.loads(answer.out)["checks"]}
+    assert said in found["derivatives"]["says"]
+    assert found["finite differences"]["verdict"] != "fail"

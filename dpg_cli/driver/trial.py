@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from dpg_cli.models.hub import first_line
 from dpg_cli.models.loading import LanguageModel
 
 TOKENS = 6  # of each of the two rows
+Made = TypeVar("Made")
 REMEDY = "Take another model; --debug shows where it stops, which is worth a report."
 
 
@@ -51,9 +53,12 @@ class RandomDirection:
         return "a random direction of the weights"
 
 
-def try_out(built: Built) -> None:
+def try_out(built: Built) -> tuple[str, ...]:
     """Make one prompt's completions and a policy gradient, and a metagradient of two short rows with T = 2: sampling with a
     cache, both backward passes and the second-order one. Models, optimiser and random numbers stay as they are.
+
+    Returns:
+        What the engine chose for the target, a sentence each.
 
     Raises:
         UsageError: naming the model that cannot do it, and where it stopped.
@@ -61,13 +66,13 @@ def try_out(built: Built) -> None:
     players = built.players
     with torch.random.fork_rng():
         _guarded(players.generator, "cannot be trained by a policy gradient", lambda: _policy_gradient(built))
-        _guarded(players.target, "cannot be attributed", lambda: _metagradient(built))
+        return _guarded(players.target, "cannot be attributed", lambda: _metagradient(built))
 
 
-def _guarded(model: LanguageModel, fails: str, work: Callable[[], None]) -> None:
+def _guarded(model: LanguageModel, fails: str, work: Callable[[], Made]) -> Made:
     """Do some work, and say in one line what a model cannot do."""
     try:
-        work()
+        return work()
     except DpgError:
         raise
     except Exception as error:  # of a model's class: whatever it raises
@@ -87,8 +92,8 @@ def _policy_gradient(built: Built) -> None:
     torch.autograd.grad(loss, trained, allow_unused=True)
 
 
-def _metagradient(built: Built) -> None:
-    """The credits of two short rows, an inner step each."""
+def _metagradient(built: Built) -> tuple[str, ...]:
+    """The credits of two short rows, an inner step each; what the engine chose for them."""
     target, spec = built.players.target, built.spec
     length, rows = min(TOKENS, target.context or TOKENS), target.head.shape[0]
     texts = [[(7 * place + row) % rows for place in range(length)] for row in range(2)]
@@ -102,3 +107,4 @@ def _metagradient(built: Built) -> None:
     )
     if not bool(torch.isfinite(result.token_N_S).all()):
         raise UsageError(f"The credits of {target.name!r} are not finite.", REMEDY)
+    return result.notes

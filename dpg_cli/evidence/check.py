@@ -52,7 +52,7 @@ def check(
     torch.manual_seed(config.seed)
     built = make(config)
     on_stage("trying them out")
-    try_out(built)
+    notes = try_out(built)
     players = built.players
     group = config.rollout.group_size
     prompts = built.prompts.at(0)[: max(1, completions // group)]
@@ -65,6 +65,8 @@ def check(
         tokenisers(built.tokenizers, config.credit.mode),
         exploration(rollout.entropy, generator.head.shape[0], config.rollout.temperature),
     ]
+    if notes:
+        findings.append(Finding("derivatives", "ok", " ".join(notes)))
     if findings[0].verdict == "ok":
         on_stage("attributing them")
         findings += _attribution(config, built, spec, rollout, on_stage, make)

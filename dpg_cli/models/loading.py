@@ -159,6 +159,8 @@ def load(
             model = model if folder.adapter is None else merge(model, folder)
     require_vocabulary(name, model, known_ids(tokenizer))
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    if dtype == "float64" and any(hasattr(module, "_apply_gate") for module in model.modules()):
+        model.set_experts_implementation("eager")  # grouped products have no float64
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = end_tokens(
         tokenizer, getattr(model, "generation_config", None), model.get_output_embeddings().weight.shape[0]

@@ -42,6 +42,7 @@ class Cost:
         flops_per_step: floating-point operations an outer step, of all processes.
         memory_mb: peak memory of each process: models, states, activations and credits.
         seconds_per_step, seconds: of an outer step and of the run.
+        notes: what the engine chose for the target, a sentence each.
     """
 
     effect: str
@@ -56,6 +57,7 @@ class Cost:
     memory_mb: float
     seconds_per_step: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,12 +66,13 @@ class Cost:
     def as_text(self) -> str:
         """For people."""
         drawing = "" if self.drawing is None else "".join(f"#   {line}\n" for line in self.drawing.split("\n"))
+        notes = "".join(f"# {one_line(note)}\n" for note in self.notes)
         shared = f" for each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"# {one_line(self.effect)}\n{drawing}"
             f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}\n"
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
-            f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n"
+            f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n{notes}"
             f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
             f"{self.seconds / 60:.1f} min in all"
         )
@@ -96,7 +99,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
     check_memory(
         need, built.device, states_flag="--set inner.states=", rows_flag="--set inner.micro_batch=", other=other
     )
-    try_out(built)
+    notes = try_out(built)
     metric = built.players.metric
     effect, drawing = metric.describe(), None
     if isinstance(metric, PatternMetric):
@@ -116,6 +119,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
         (BASE_BYTES + predicted.bytes) / 1e6,
         predicted.seconds,
         predicted.seconds * config.steps,
+        notes,
     )
 
 
