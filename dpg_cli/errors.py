@@ -48,12 +48,13 @@ class ConfigError(UsageError):
     """
 
     def __init__(
-        self, faults: list[str], remedy: str = "See `dpg presets show` for the keys and their defaults."
+        self, faults: list[str], remedy: str = "See `dpg presets show qr-embed` for the keys and their defaults."
     ) -> None:
         self.faults = list(faults)
         first = "; ".join(self.faults[:MOST_FAULTS])
         more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        super().__init__(f"{first}{more}.", remedy)
+        end = "" if f"{first}{more}".endswith("?") else "."
+        super().__init__(f"{first}{more}{end}", remedy)
 
 
 def one_line(text: str) -> str:

@@ -31,5 +31,6 @@ def code_span(text: object, limit: int = 300) -> str:
 
 
 def pasted(path: Path | str) -> str:
-    """A path as a shell takes it back: quoted where it holds blanks or other signs."""
-    return shlex.quote(str(path))
+    """A path as a shell takes it back: quoted where it holds blanks or other signs, and never taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -261,7 +261,7 @@ def test_a_pickle_is_named_with_a_command_that_converts_it(tmp_path: Path) -> No
     (folder / MODEL).unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     line = refused(folder, "as a pickle (pytorch_model.bin)", "not opened")
-    obeyed(line[line.index("python -c ") :].rstrip("."))
+    obeyed(line[line.index("python -c ") :])
     assert torch.equal(loaded(folder).head, model.lm_head.weight)
 
 
@@ -269,7 +269,7 @@ def test_left_over_weights_are_dropped_by_the_printed_command(tmp_path: Path) ->
     folder = saved(make("gpt2"), tmp_path / "it's")
     reweighted(folder, lambda tensors: tensors | {"v_head.summary.weight": torch.zeros(1, 16)})
     line = refused(folder, "v_head.summary.weight is not the model's")
-    obeyed(line[line.index("python -c ") : line.index(", add the tokeniser")])
+    obeyed(line[line.index("python -c ") :])
     assert loaded(add_tokenizer(tmp_path / "it's-plain")).parameter_count > 0
 
 

@@ -68,7 +68,7 @@ def test_a_missing_library_names_its_extra(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "dpg: --report-to wandb: wandb is not installed. pip install 'dpg-cli[wandb]'.\n"
+    assert capsys.readouterr().err == "dpg: --report-to wandb: wandb is not installed. pip install 'dpg-cli[wandb]'\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -15,6 +15,7 @@ import typer
 
 from dpg_cli.driver import launch
 from dpg_cli.errors import InterruptedRunError, LostProcessError, one_line
+from dpg_cli.runs.commands import command
 
 if TYPE_CHECKING:
     from dpg_cli.driver.execute import StopRequest
@@ -61,10 +62,10 @@ def session(
     ranks.agreed(None if known else {"config": config.model_dump(mode="json"), "folder": str(folder.path)})
     if known is not None:
         sys.stderr.write(f"{folder.path} is finished: there is nothing to go on with.\n")
-        report(folder, known, as_json)
+        report(folder, config, known, as_json)
         return
     stop = StopRequest()
-    remedy = f"Go on with: dpg resume {folder.path}"
+    remedy = f"Go on with: {command('resume', folder.path, config)}"
     launch.advise(remedy)
     try:
         with (
@@ -90,7 +91,7 @@ def session(
         raise left(config, folder) from None
     except LostProcessError as error:
         raise LostProcessError(error.reason, remedy if folder.config.is_file() else "") from None
-    report(folder, outcome, as_json)
+    report(folder, config, outcome, as_json)
 
 
 def follow(ranks: Ranks, named_metric: str | None = None) -> None:
@@ -108,7 +109,7 @@ def follow(ranks: Ranks, named_metric: str | None = None) -> None:
     if known is None:  # the run is finished
         return
     stop = StopRequest()
-    remedy = f"Go on with: dpg resume {known['folder']}"
+    remedy = f"Go on with: {command('resume', known['folder'], validate(known['config']))}"
     launch.advise(remedy)
     try:
         with stopping(stop, lambda text: None):
@@ -153,11 +154,12 @@ def left(config: Config, folder: RunFolder) -> InterruptedRunError:
         return InterruptedRunError("Interrupted before the first outer step; nothing was written.")
     saved = next((f"the last checkpoint is of outer step {step} of {config.steps}" for step, _ in found(folder)), None)
     return InterruptedRunError(
-        f"Left at once; {saved or 'there is no checkpoint yet'}.", f"Go on with: dpg resume {folder.path}"
+        f"Left at once; {saved or 'there is no checkpoint yet'}.",
+        f"Go on with: {command('resume', folder.path, config)}",
     )
 
 
-def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
+def report(folder: RunFolder, config: Config, outcome: Outcome, as_json: bool) -> None:
     """Print the outcome on stdout."""
     if as_json:
         typer.echo(
@@ -178,4 +180,4 @@ def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
     typer.echo(one_line(f"{folder.path}: {measures}"))
     memory = "" if outcome.peak_memory_mb is None else f", {outcome.peak_memory_mb:,.0f} MB at the peak"
     sessions = "" if outcome.sessions == 1 else f" in {outcome.sessions} sessions"
-    typer.echo(f"{outcome.seconds:.0f} s{sessions}{memory}. Next: dpg verify {folder.path}")
+    typer.echo(f"{outcome.seconds:.0f} s{sessions}{memory}. Next: {command('verify', folder.path, config)}")

@@ -22,7 +22,6 @@ from dpg_cli.driver.state import follow_first, restore
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.errors import InterruptedRunError, UsageError
-from dpg_cli.escape import pasted
 from dpg_cli.metrics.base import Pictured
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
@@ -30,13 +29,12 @@ from dpg_cli.models.folder import ModelError
 from dpg_cli.models.loading import LanguageModel, quiet_transformers
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
+from dpg_cli.runs.commands import command as command_of
 from dpg_cli.runs.files import WriteError, replacing
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.sessions import Journal, Outcome, read_info
 from dpg_cli.runs.tracking import Trackers
 from dpg_cli.settings.config import Config
-
-MOVED = "If a model has moved: dpg resume {} --target FOLDER (or --generator FOLDER)."
 
 
 @dataclass
@@ -110,12 +108,14 @@ def execute(
         built = build(config, named_metric, ranks)
     except ModelError as error:
         if resume and read_info(folder)[0].fingerprints:
-            raise UsageError(error.cause, f"{error.remedy} {MOVED.format(pasted(folder.path))}") from error
+            moved = command_of("resume", folder.path, config)
+            where = f"If a model has moved, say where it lies (--target, --generator): {moved} --target FOLDER"
+            raise UsageError(error.cause, f"{error.remedy} {where}") from error
         raise
     on_built(built)
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
-    with folder.locked(), advice(folder):
+    with folder.locked(), advice(folder, config):
         journal = (continued if resume else begun)(config, folder, built, command or [], on_stage)
         try:
             on_stage("training the generator")
@@ -135,14 +135,16 @@ def execute(
 
 
 @contextlib.contextmanager
-def advice(folder: RunFolder) -> Iterator[None]:
+def advice(folder: RunFolder, config: Config) -> Iterator[None]:
     """Say how to go on when something cannot be written, for example on a full disk."""
     try:
         yield
     except WriteError as error:
         if not folder.config.is_file():
             raise
-        raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
+        raise UsageError(
+            error.cause, f"{error.remedy} Then go on with: {command_of('resume', folder.path, config)}"
+        ) from error
 
 
 def begun(
@@ -302,7 +304,8 @@ def by_trl(
 def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:
     """What a run that was asked to stop ends with, on every rank."""
     return InterruptedRunError(
-        f"Stopped after outer step {done} of {config.steps}; all of it is saved.", f"Go on with: dpg resume {folder}"
+        f"Stopped after outer step {done} of {config.steps}; all of it is saved.",
+        f"Go on with: {command_of('resume', folder, config)}",
     )
 
 
@@ -330,7 +333,7 @@ def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
     try:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
-        on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
+        on_stage(f"the report could not be written ({error}); try: {command_of('report', folder.path)}")
 
 
 def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:

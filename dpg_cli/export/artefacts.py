@@ -26,6 +26,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span, printable
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.inspection.tensors import read_header
+from dpg_cli.runs.commands import command
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.runs.status import finite_or_none, log_lines, read_status, require_finished
 from dpg_cli.settings.config import Config
@@ -142,13 +143,16 @@ def export_image(folder: RunFolder, out: Path, overwrite: bool) -> None:
     check_out(out, folder, overwrite, as_folder=False)
     if not folder.image.is_file():
         require_finished(folder, folder.read_config(), read_status(folder))
-        raise UsageError(f"{folder.path} has no lm_head.png.", "Draw one: dpg inspect RUN --render out.png.")
+        raise UsageError(
+            f"{folder.path} has no lm_head.png.", f"Draw one: {command('inspect', folder.path)} --render head.png"
+        )
     try:
         with Image.open(folder.image, formats=("PNG",)) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(
-            f"{folder.image} is no readable PNG: {error}.", "Draw one: dpg inspect RUN --render."
+            f"{folder.image} is no readable PNG: {error}.",
+            f"Draw one: {command('inspect', folder.path)} --render head.png",
         ) from None
     with into(out) as temporary:
         shutil.copyfile(folder.image, temporary)

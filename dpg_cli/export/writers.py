@@ -136,7 +136,7 @@ def require_datasets() -> Any:
         import datasets
     except ImportError:
         raise UsageError(
-            "--format datasets needs the library `datasets`.", "Install it: pip install 'dpg-cli[datasets]'."
+            "--format datasets needs the library `datasets`.", "Install it: pip install 'dpg-cli[datasets]'"
         ) from None
     return datasets
 

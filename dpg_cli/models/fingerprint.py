@@ -103,7 +103,7 @@ def require_same(role: str, model: LanguageModel, recorded: Mapping[str, str], r
     if found:
         raise UsageError(
             f"The {role} {model.name!r} is not the one that {run} was begun with: it has {' and '.join(found)}.",
-            f"Put that model back; or name where it lies now: dpg resume {run} --{role} FOLDER.",
+            f"Put that model back; or name where it lies now: dpg resume {run} --{role} FOLDER",
         )
 
 
@@ -138,4 +138,4 @@ def require_unchanged(
 
 def moved(error: ModelError, role: str, run: str) -> UsageError:
     """The refusal of a run's model that cannot be loaded, with what to do where it lies elsewhere now."""
-    return UsageError(error.cause, f"{error.remedy} If the {role} has moved: dpg resume {run} --{role} FOLDER.")
+    return UsageError(error.cause, f"{error.remedy} If the {role} has moved: dpg resume {run} --{role} FOLDER")

@@ -338,7 +338,7 @@ def command(then: str, source: Path, to: str, options: str = 'dtype="auto"') -> 
 def pickle_remedy(folder: Path) -> str:
     """What to do with a folder whose weights are a pickle."""
     options = 'use_safetensors=False, dtype="auto"'
-    return f"If you trust it, write safetensors beside it: {command('', folder, str(folder), options)}."
+    return f"If you trust it, write safetensors beside it: {command('', folder, str(folder), options)}"
 
 
 def gguf_command(folder: Path, file: str) -> str:

@@ -45,7 +45,7 @@ def require(library: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(library)
     except ImportError:
         raise UsageError(
-            f"{purpose} needs the library {library!r}, which is not installed.", f"pip install 'dpg-cli[{extra}]'."
+            f"{purpose} needs the library {library!r}, which is not installed.", f"pip install 'dpg-cli[{extra}]'"
         ) from None
 
 

@@ -152,9 +152,8 @@ def _incomplete(
         to = f"{folder.path}-plain"
         return ModelError(
             cause,
-            "If the model is right without them, write it out so: "
-            + command("", folder.path, to)
-            + ", add the tokeniser's files, and name the new folder.",
+            "If the model is right without them, write it out, add the tokeniser's files and name the new folder: "
+            + command("", folder.path, to),
         )
     if not mismatched and all("head" in name or "embed_out" in name for name in missing):
         return ModelError(cause, "It was saved without its LM head: save it from the *ForCausalLM class.")

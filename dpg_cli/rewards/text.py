@@ -56,7 +56,7 @@ def require(module: str, method: str, extra: str) -> Any:
         package = module.partition(".")[0].replace("_", "-")
         raise UsageError(
             f"attribution.method = {method!r} needs {package}, which is not installed.",
-            f"pip install 'dpg-cli[{extra}]'.",
+            f"pip install 'dpg-cli[{extra}]'",
         ) from None
 
 

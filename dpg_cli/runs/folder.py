@@ -12,6 +12,7 @@ from typing import Any
 
 from dpg_cli.data.sources import absolute
 from dpg_cli.errors import UsageError
+from dpg_cli.runs.commands import command
 from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
 from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, validate
 
@@ -62,7 +63,9 @@ class RunFolder:
             if leftovers:
                 there = [name for name in there if name != "pattern.png" and not TEMPORARY.fullmatch(name)]
             if "config.toml" in there:
-                raise UsageError(f"{path} holds a run.", f"Go on with it: dpg resume {path}; or give another --out.")
+                raise UsageError(
+                    f"{path} holds a run.", f"Give another --out, or go on with it: {command('resume', path)}"
+                )
             if there:
                 raise UsageError(f"{path} exists and is not empty.", "Give another --out, or remove it.")
         except OSError as error:

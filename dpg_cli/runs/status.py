@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpg_cli.errors import UsageError
+from dpg_cli.runs.commands import command
 from dpg_cli.runs.folder import RunFolder
 from dpg_cli.settings.config import Config
 
@@ -103,7 +104,7 @@ def require_finished(folder: RunFolder, config: Config, status: Status) -> None:
     if not status.finished:
         raise UsageError(
             f"{folder.path} is not finished: {status.steps_done} of {config.steps} outer steps are done.",
-            f"Finish it first: dpg resume {folder.path}.",
+            f"Finish it first: {command('resume', folder.path, config)}",
         )
 
 

@@ -45,7 +45,7 @@ def check_names(names: Sequence[str]) -> list[str]:
         if name not in NAMES:
             raise UsageError(f"--report-to {name!r} is unknown.", f"There are {', '.join(NAMES)}.")
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"--report-to {name}: {name} is not installed.", f"pip install 'dpg-cli[{name}]'.")
+            raise UsageError(f"--report-to {name}: {name} is not installed.", f"pip install 'dpg-cli[{name}]'")
     return chosen
 
 

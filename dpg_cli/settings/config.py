@@ -15,6 +15,8 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.settings.faults import cut, unknown
+from dpg_cli.settings.faults import shown as shown
 from dpg_cli.settings.inner import InnerConfig
 from dpg_cli.settings.metric_options import (
     FRESH,
@@ -32,6 +34,7 @@ from dpg_cli.settings.metric_options import (
 from dpg_cli.settings.metric_options import CustomOptions as CustomOptions
 from dpg_cli.settings.metric_options import NormOptions as NormOptions
 
+LONGEST = 200  # characters of a key that a near one is looked for
 DEEPEST = 8  # levels of tables and lists in settings
 
 
@@ -358,31 +361,18 @@ def settle(config: Config, known: Config | None = None) -> Config:
 
 def _fault(item: Any) -> str:
     """One line for one pydantic error item."""
-    place = [str(part) for part in item["loc"]]
+    place, metric = [str(part) for part in item["loc"]], ""
     if place[0:1] == ["metric"] and len(place) > 1 and place[1] in METRIC_NAMES:
-        del place[1]  # pydantic names the member of the union; the user's key has no such part
+        metric = place.pop(1)  # pydantic names the member of the union; the user's key has no such part
     key = ".".join(place)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "unknown setting"
+        message = unknown(key, Config, metric) if len(key) < LONGEST else "unknown setting"
     elif item["type"].startswith("union_tag"):
         key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]} (got {shown(item['input'])})"
     return f"{cut(key)}: {message}" if key else message
-
-
-def shown(value: Any) -> str:
-    """A value as it can stand in a message: short, whatever it is."""
-    try:
-        return cut(repr(value))
-    except (RecursionError, ValueError):  # nested too deeply; an integer with too many digits
-        return f"a value of type {type(value).__name__}"
-
-
-def cut(text: str) -> str:
-    """At most 60 characters of a text."""
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def depth(data: Any) -> int:
@@ -418,7 +408,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, integers with too many digits, nesting
         raise UsageError(f"{path} is not valid TOML: {str(error)[:200].rstrip('.')}.", "Correct that line.") from None
     if depth(data) > DEEPEST:
-        raise UsageError(f"{path} is nested too deeply for settings.", "See `dpg presets show` for the keys.")
+        raise UsageError(f"{path} is nested too deeply for settings.", "See `dpg presets show qr-embed` for the keys.")
     return data
 
 

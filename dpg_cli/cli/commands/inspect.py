@@ -14,6 +14,7 @@ from rich.text import Text
 from dpg_cli.cli.commands.inspect_dataset import compare
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import printable
+from dpg_cli.runs.commands import command
 
 if TYPE_CHECKING:
     from dpg_cli.inspection.look import Look
@@ -75,9 +76,9 @@ def inspect(
         compare(list(map(str, paths[1:])), tokenizer, reader, device, as_json)
         return
     if len(paths) > 1:
-        raise UsageError(f"{len(paths)} paths are given; one is looked at.", "Two datasets: dpg inspect dataset A B.")
+        raise UsageError(f"{len(paths)} paths are given; one is looked at.", "Two datasets: dpg inspect dataset A B")
     if tokenizer or reader:
-        raise UsageError("--tokenizer and --reader are for datasets.", "For example: dpg inspect dataset A B.")
+        raise UsageError("--tokenizer and --reader are for datasets.", "For example: dpg inspect dataset A B")
     path = paths[0]
     from dpg_cli.inspection.look import look
 
@@ -198,7 +199,7 @@ class _Printer:
             control = (status.control or {}).get(name)
             self.pair(name, f"{value:>14.6g}" + ("" if control is None else f"{control:>14.6g}"))
         unknown = "not yet" if status.verification is None else "the dataset is another now than was verified"
-        said = {None: f"{unknown}; see dpg verify {found.path}", True: "yes", False: "no"}[status.verified]
+        said = {None: f"{unknown}; see {command('verify', found.path)}", True: "yes", False: "no"}[status.verified]
         self.pair("verified", said)
         lines = (status.verification or {}).get("lines") if status.verified is not None else None
         for line in lines[:20] if isinstance(lines, list) else []:

@@ -56,7 +56,7 @@ def _files(names: list[str]) -> tuple[str, str]:
     if len(names) != 2:
         raise UsageError(
             f"{len(names)} datasets are given; two are compared.",
-            "dpg inspect dataset A B, or a run for its data and control.",
+            "Give a run for its data and control, or two datasets: dpg inspect dataset A B",
         )
     files = [
         str(Path(name) / "dataset" / "train.parquet") if (Path(name) / "config.toml").is_file() else name

@@ -18,7 +18,7 @@ def require_trl(config: Config, ranks: Ranks) -> None:
     for name, wanted in (("trl", True), ("datasets", True), ("vllm", config.trl.vllm != "off")):
         if wanted and importlib.util.find_spec(name) is None:
             extra = "vllm" if name == "vllm" else "trl"
-            raise UsageError(f"--trainer trl: {name} is not installed.", f"pip install 'dpg-cli[{extra}]'.")
+            raise UsageError(f"--trainer trl: {name} is not installed.", f"pip install 'dpg-cli[{extra}]'")
     batch, examples = config.policy.minibatch, config.examples_per_step
     if examples % batch or batch % ranks.world:
         raise UsageError(
