@@ -26,7 +26,7 @@ from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
+from dpg_cli.engine.noise import HearsNoise, head_moments, head_optimizer, weight_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
@@ -201,11 +201,13 @@ def attribute(
 def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
     metric, recipe = players.metric, spec.recipe
-    if spec.dataset and isinstance(metric, HearsNoise) and recipe.batches.steps(len(examples)) == 1:
-        moments = head_moments(players.target.model, examples, metric.window)
-        if moments is not None:
-            tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
-            metric.hear(weight_noise(moments, recipe.optimizer, tokens))
+    if not spec.dataset or not isinstance(metric, HearsNoise) or recipe.batches.steps(len(examples)) > 1:
+        return
+    optimizer = head_optimizer(players.target.model, recipe)
+    moments = head_moments(players.target.model, examples, metric.window) if optimizer is not None else None
+    if optimizer is not None and moments is not None:
+        tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
+        metric.hear(weight_noise(moments, optimizer, tokens))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
