@@ -112,7 +112,12 @@ def execute(
         if resume and read_info(folder)[0].fingerprints:
             raise UsageError(error.cause, f"{error.remedy} {MOVED.format(pasted(folder.path))}") from error
         raise
+    config = built.config
     on_built(built)
+    if built.prospect is not None and not resume:
+        if config.policy.step == "natural":
+            built.prospect.refuse_absent_rows()
+        on_stage(built.prospect.line())
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
     with folder.locked(), advice(folder):
@@ -245,7 +250,7 @@ def training(
         if config.trainer == "trl":
             return
         asked = built.players.ranks.any(stop.asked)
-        if asked or done == config.steps or schedule.due(done):
+        if asked or report.last or done == config.steps or schedule.due(done):
             schedule.wrote(write(folder, config, built, done))
             journal.write()
         if asked:

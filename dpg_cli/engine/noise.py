@@ -37,8 +37,15 @@ class HearsNoise(Protocol):
         """Rows and columns of the head."""
         ...
 
-    def hear(self, noise_R_C: Tensor) -> None:
-        """Take in the standard error of each weight's change at the size of the dataset, in units of the weights."""
+    def hear(self, noise_R_C: Tensor, examples: int, excess: float) -> None:
+        """Take in the noise of the head's weights.
+
+        Args:
+            noise_R_C: the standard error of each weight's change at the size of the dataset, in units of the weights.
+            examples: of the dataset.
+            excess: variance of the noise of the change that is measured, in units of that of the dataset: examples of the
+                dataset for each of an outer step with drawn labels, 0 with soft ones.
+        """
         ...
 
 
