@@ -14,6 +14,7 @@ from torch import nn
 from dpg_cli.engine import OptimizerSpec
 from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
 from dpg_cli.engine.soft import TableLabels
+from dpg_cli.errors import UsageError
 from dpg_cli.metrics.pattern import PatternMetric, predictions
 from dpg_cli.patterns.pattern import Pattern
 
@@ -109,9 +110,9 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     noise = torch.full((6, 4), 0.01, dtype=torch.float64)
     noise[0, 0] = 0.02
     parameters[metric.head][3:9, 2:6] += 0.05 * metric.signs
-    with pytest.raises(RuntimeError, match="hear"):
+    with pytest.raises(UsageError, match="standard errors"):
         metric(parameters, nn.Module())
-    metric.hear(noise)
+    metric.hear(noise, 4096, 0.0)
     by_hand = -(23 * math.log1p(math.exp(2 * (3 - 5))) + math.log1p(math.exp(2 * (3 - 2.5)))) / 24
     assert float(metric(parameters, nn.Module())) == pytest.approx(by_hand, rel=1e-9)
     found = metric.measures(parameters, nn.Module())
@@ -119,17 +120,30 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     assert found["z_mean"] == pytest.approx((23 * 5 + 2.5) / 24)
     assert found["sharpness_times_change"] == pytest.approx(10.0)
     plain = make_metric(0.0)
-    plain.hear(noise)
+    plain.hear(noise, 4096, 0.0)
     assert float(plain(parameters, nn.Module())) == pytest.approx(-math.log1p(math.exp(-2 * 0.05)))
 
 
 def test_predictions_are_those_of_the_normal_distribution() -> None:
-    found = predictions(torch.full((21, 21), 2.0, dtype=torch.float64))
+    found = predictions(torch.full((21, 21), 2.0, dtype=torch.float64), 1000)
     assert found["predicted_accuracy"] == pytest.approx(0.977250, abs=1e-6)
-    assert found["examples_factor"] == pytest.approx((3.719016 / 2.0) ** 2, rel=1e-4)  # ndtr(3.719016) = 0.9999
+    assert found["examples_needed"] == pytest.approx(1000 * (3.719016 / 2.0) ** 2, abs=1)  # ndtr(3.719016) = 0.9999
     wrong = torch.full((21, 21), 2.0, dtype=torch.float64)
     wrong[0, 0] = -1.0
-    found = predictions(wrong)
-    assert "examples_factor" not in found  # more examples make a wrong pixel surer, not right
+    found = predictions(wrong, 1000)
+    assert "examples_needed" not in found  # more examples make a wrong pixel surer, not right
     assert found["predicted_accuracy"] == pytest.approx((440 * 0.977250 + 0.158655) / 441, abs=1e-6)
     assert found["z_least"] == -1.0
+
+
+def test_predictions_from_drawn_tokens_know_their_own_noise() -> None:
+    """True z of 1 at the dataset's size; measured on a quarter of its examples, so with a standard deviation of 2."""
+    rng = torch.Generator().manual_seed(0)
+    measured = 1.0 + 2.0 * torch.randn(400_000, dtype=torch.float64, generator=rng)
+    flat_prior = predictions(measured, 1000, excess=4.0)["predicted_accuracy"]
+    truly, naive = 0.841345, predictions(measured, 1000)["predicted_accuracy"]
+    # with z known so badly the expected share is nearer one half, never nearer one
+    assert 0.5 < flat_prior < naive < truly
+    assert flat_prior == pytest.approx(
+        float(torch.special.ndtr(torch.tensor(1 / 3.0))), abs=0.002
+    )  # 1 / sqrt(1 + 4 + 4)

@@ -86,7 +86,7 @@ def effect_of(config: Config, pattern: Path | None, described: str = "") -> Effe
     """
     options = config.metric
     if isinstance(options, PatternOptions):
-        row, column = options.origin
+        row, column = options.corner
         payload = options.text or _payload(pattern)
         kind = "QR code" if payload else "bitmap"
         return Effect(

@@ -129,7 +129,7 @@ class RunDisplay:
             self.last_line = now
             self.console.print(
                 f"{clock(now - self.started):>7}  step {done}/{self.config.steps}  phi {numbers['phi']:.4f}  "
-                f"{self._measure(report)}  entropy {numbers['entropy']:.2f}  "
+                f"{self._measure(report)}{self._noise(report)}  entropy {numbers['entropy']:.2f}  "
                 f"{numbers['examples'] / numbers['seconds']:.0f} examples/s  left {clock(left)}"
             )
 
@@ -145,6 +145,18 @@ class RunDisplay:
             return f"{name.replace('_', ' ')} {value:.4g}"
         return ""
 
+    @staticmethod
+    def _noise(report: StepReport) -> str:
+        """What the noise of drawn tokens leaves of the effect, and what it cost, where these are known."""
+        numbers = report.numbers
+        found = ""
+        if "z_mean" in numbers:
+            found += f"  z {numbers['z_mean']:.2f} (least {numbers['z_least']:.2f})"
+            found += f"  predicted {numbers['predicted_accuracy']:.4f}"
+        if "examples_needed" in numbers:
+            found += f"  needs {numbers['examples_needed']:,.0f} examples"
+        return found + (f"  kl {numbers['policy_kl']:.4f}" if "policy_kl" in numbers else "")
+
     def _panel(self, report: StepReport, done: int, left: float) -> Group:
         """What the live display shows."""
         numbers = report.numbers
@@ -153,6 +165,7 @@ class RunDisplay:
             ("outer step", f"{done} / {self.config.steps}"),
             ("Φ", f"{numbers['phi']:.4f}"),
             *((name.replace("_", " "), f"{value:.4f}") for name, value in list(report.result.measures.items())[:2]),
+            *([("noise", noise)] if (noise := self._noise(report).strip()) else []),
             ("entropy", f"{numbers['entropy']:.3f} nats"),
             ("examples a second", f"{numbers['examples'] / numbers['seconds']:.0f}"),
             ("time left", clock(left)),

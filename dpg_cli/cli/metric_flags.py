@@ -8,6 +8,7 @@ import typer
 
 from dpg_cli.errors import UsageError
 
+FREQUENT = "frequent"  # as `settings/metric_options.py` has it
 FLAGS = {  # setting of the metric -> (flag, metric); settings that are not listed are checked by the settings alone
     "image": ("--image", "pattern"),
     "text": ("--text", "pattern"),
@@ -82,15 +83,19 @@ def note_change(recorded: dict[str, Any], given: dict[str, Any]) -> None:
         typer.echo(f"dpg: note: {given['path']} has changed since these settings were written.", err=True)
 
 
-def origin(text: str) -> list[int]:
-    """`ROW,COLUMN` as two numbers.
+def origin(text: str) -> list[int] | str:
+    """`ROW,COLUMN` as two numbers; `frequent` as it is.
 
     Raises:
         UsageError: if it is no such pair, or one of them is negative.
     """
+    if text.strip() == FREQUENT:
+        return FREQUENT
     parts = text.replace(" ", "").split(",")
     if len(parts) != 2 or not all(part.removeprefix("-").isdecimal() for part in parts):
-        raise UsageError(f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0.")
+        raise UsageError(
+            f"--patch-origin {text!r} is not ROW,COLUMN.", "For example: --patch-origin 100,0, or frequent."
+        )
     if any(part.startswith("-") for part in parts):
         raise UsageError(
             f"--patch-origin {text!r} is negative.", "Rows (token ids) and columns (hidden dimensions) count from 0."

@@ -35,6 +35,9 @@ def assist(config: Config, folder: str, ranks: Ranks, stop: StopRequest, named_m
     """
     torch.manual_seed(config.seed)
     built = build(config, named_metric, ranks)
+    config = built.config
+    if built.prospect is not None and config.policy.step == "natural":
+        built.prospect.refuse_absent_rows()
 
     def log(report: StepReport) -> None:
         if config.trainer == "dpg" and ranks.any(stop.asked):

@@ -10,6 +10,7 @@ import torch
 
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
+from dpg_cli.driver.prospect import Prospect, located, look, looks, prospect
 from dpg_cli.driver.recipe import inner_recipe
 from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
@@ -48,6 +49,8 @@ class Built:
         prompts: the sampler of training prompts.
         device: where it runs.
         tokenizers: how far those of generator and target agree.
+        config: the settings, with what they leave to the models found.
+        prospect: what the metric's pattern will cost, where natural steps or a margin ask for it.
     """
 
     players: Players
@@ -55,6 +58,8 @@ class Built:
     prompts: PromptSampler
     device: torch.device
     tokenizers: Agreement
+    config: Config
+    prospect: Prospect | None = None
 
 
 def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE) -> Built:
@@ -74,13 +79,18 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
     generator = load_generator(generator_models(config), device)
-    metric = build_metric(config.metric, target, named_metric)
     asked = config.prompts
     form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
     check_tokenizers(config, generator, target)
     check_lengths(config, generator, target, prompts, form)
     if config.inner.labels == "soft":
         standard_head(generator.model, generator.name)
+    seen = None
+    if looks(config):
+        seen = look(generator, target, loop_spec(config, generator, form).sampling, prompts, config.seed + 3)
+        config = located(config, target, seen, ranks)
+    metric = build_metric(config.metric, target, named_metric)
+    cost = None if seen is None else prospect(config, metric, target, seen)
     optimizer, natural = policy_of(config, generator)
     reference = None
     if config.policy.kl > 0 and natural is None:
@@ -100,7 +110,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
-    return Built(players, loop_spec(config, generator, form), sampler, device, compared)
+    return Built(players, loop_spec(config, generator, form), sampler, device, compared, config, cost)
 
 
 def generator_models(config: Config) -> ModelsConfig:
@@ -266,6 +276,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         attribution=attribution_spec(config),
         labels=inner.labels,
         dataset=config.dataset.examples,
+        predicted=config.stop.predicted,
     )
 
 

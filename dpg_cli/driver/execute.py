@@ -112,7 +112,12 @@ def execute(
             where = f"If a model has moved, say where it lies (--target, --generator): {moved} --target FOLDER"
             raise UsageError(error.cause, f"{error.remedy} {where}") from error
         raise
+    config = built.config
     on_built(built)
+    if built.prospect is not None and not resume:
+        if config.policy.step == "natural":
+            built.prospect.refuse_absent_rows()
+        on_stage(built.prospect.line())
     if not resume:
         folder.make()  # only now: what is refused above leaves nothing behind
     with folder.locked(), advice(folder, config):
@@ -247,7 +252,7 @@ def training(
         if config.trainer == "trl":
             return
         asked = built.players.ranks.any(stop.asked)
-        if asked or done == config.steps or schedule.due(done):
+        if asked or report.last or done == config.steps or schedule.due(done):
             schedule.wrote(write(folder, config, built, done))
             journal.write()
         if asked:

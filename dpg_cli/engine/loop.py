@@ -26,7 +26,7 @@ from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
+from dpg_cli.engine.noise import HearsNoise, head_moments, head_optimizer, weight_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
@@ -53,6 +53,7 @@ class LoopSpec:
         attribution: metagradient, or a control.
         labels: what the inner run trains on: the "drawn" tokens, or the expectation over labels, "soft".
         dataset: examples of the final dataset, whose noise a metric may ask about.
+        predicted: a predicted accuracy at which the run ends; 0 for never.
     """
 
     steps: int
@@ -71,6 +72,7 @@ class LoopSpec:
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     labels: str = "drawn"
     dataset: int = 0
+    predicted: float = 0.0
 
     @property
     def inner(self) -> InnerSettings:
@@ -81,6 +83,10 @@ class LoopSpec:
         """The same for `after` completions in place of `before`: as many inner steps, on larger or smaller batches."""
         batches = self.recipe.batches.rescaled(before, after)
         return replace(self, recipe=replace(self.recipe, batches=batches))
+
+    def reached(self, numbers: Mapping[str, float]) -> bool:
+        """Whether the prediction of an outer step is good enough to end the run."""
+        return bool(self.predicted) and numbers.get("predicted_accuracy", 0.0) >= self.predicted
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
@@ -138,6 +144,7 @@ class StepReport:
         result: the metagradient.
         rollout: the completions.
         warning: what the user should know about it, or nothing.
+        last: its prediction ends the run; the generator is as it was measured.
     """
 
     step: int
@@ -145,6 +152,7 @@ class StepReport:
     result: Metagradient = field(repr=False)
     rollout: Rollout = field(repr=False)
     warning: str = ""
+    last: bool = False
 
 
 def labels_of(players: Players, spec: LoopSpec, rollout: Rollout) -> HeadLabels:
@@ -201,11 +209,15 @@ def attribute(
 def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
     metric, recipe = players.metric, spec.recipe
-    if spec.dataset and isinstance(metric, HearsNoise) and recipe.batches.steps(len(examples)) == 1:
-        moments = head_moments(players.target.model, examples, metric.window)
-        if moments is not None:
-            tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
-            metric.hear(weight_noise(moments, recipe.optimizer, tokens))
+    if not spec.dataset or not isinstance(metric, HearsNoise) or recipe.batches.steps(len(examples)) > 1:
+        return
+    optimizer = head_optimizer(players.target.model, recipe)
+    moments = head_moments(players.target.model, examples, metric.window) if optimizer is not None else None
+    if optimizer is not None and moments is not None:
+        tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
+        drawn = examples.soft is None or examples.drawn
+        excess = spec.dataset / len(examples) if drawn else 0.0
+        metric.hear(weight_noise(moments, optimizer, tokens), spec.dataset, excess)
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
@@ -265,7 +277,8 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     )  # fmt: skip
     clock.append(time.perf_counter())
 
-    policy = improve(players, spec, step, rollout, credit, labels, sink, result.value)
+    last = spec.reached(result.measures)  # then the generator stays as it was measured
+    policy = {"grad_norm": 0.0} if last else improve(players, spec, step, rollout, credit, labels, sink, result.value)
     clock.append(time.perf_counter())
 
     tokens = int(rollout.mask_N_K.sum())
@@ -289,7 +302,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
         "seconds_policy": clock[3] - clock[2],
     }
     refuse_nonfinite(numbers)
-    return StepReport(step, numbers, result, rollout)
+    return StepReport(step, numbers, result, rollout, last=last)
 
 
 def train(
@@ -300,7 +313,7 @@ def train(
     start: int = 0,
     history: Iterable[Mapping[str, float]] = (),
 ) -> None:
-    """Run the outer steps `start` … `spec.steps` - 1.
+    """Run the outer steps `start` … `spec.steps` - 1, or until a prediction holds.
 
     Args:
         players: models, metric, optimiser and RNGs; changed in place.
@@ -322,8 +335,9 @@ def train(
         across=spec.attribution.across,
         soft=spec.labels == "soft",
     )
-    watch.replay(history)
-    for step in range(start, spec.steps):
+    known = list(history)
+    watch.replay(known)
+    for step in range(start, spec.steps) if not known or not spec.reached(known[-1]) else ():
         if players.redraw is not None:
             players.redraw(step)
         report = outer_step(players, spec, prompts_at(step), step)
@@ -332,5 +346,7 @@ def train(
         on_step(replace(report, warning=warning))
         if fault is not None:
             raise fault
+        if report.last:
+            break
     if players.redraw is not None:
         players.redraw(0)

@@ -13,14 +13,15 @@ tokens stand for q.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.inner.head import chunks, find_head, logits_at
-from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state, update
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, by_matrix, initial_state, update
+from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
 from dpg_cli.engine.records import Examples
 
@@ -36,8 +37,15 @@ class HearsNoise(Protocol):
         """Rows and columns of the head."""
         ...
 
-    def hear(self, noise_R_C: Tensor) -> None:
-        """Take in the standard error of each weight's change at the size of the dataset, in units of the weights."""
+    def hear(self, noise_R_C: Tensor, examples: int, excess: float) -> None:
+        """Take in the noise of the head's weights.
+
+        Args:
+            noise_R_C: the standard error of each weight's change at the size of the dataset, in units of the weights.
+            examples: of the dataset.
+            excess: variance of the noise of the change that is measured, in units of that of the dataset: examples of the
+                dataset for each of an outer step with drawn labels, 0 with soft ones.
+        """
         ...
 
 
@@ -101,6 +109,19 @@ def head_moments(
             square.addmm_((p * (p - 2 * q) + q).mT, read.square())
             count += len(hidden)
     return Moments(mean / max(1, count), square / max(1, count), count)
+
+
+def head_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerSpec | None:
+    """What the first and only step of a run does to the LM head: the optimiser at that step's rate, without decay.
+
+    None where that is no function of each weight's own gradient (clipping), or the step does not move the head.
+    """
+    head, settings = find_head(model), recipe.settings(model)
+    if head is None or recipe.max_grad_norm > 0 or by_matrix(recipe.optimizer):
+        return None
+    peak = recipe.optimizer.lr if settings is None else settings.get(head.weight, (0.0, 0.0))[0]
+    rate = peak * recipe.schedule.factors(1, recipe.optimizer.lr)[0]
+    return replace(recipe.optimizer, lr=rate, weight_decay=0.0) if rate > 0 else None
 
 
 def weight_noise(moments: Moments, spec: OptimizerSpec, tokens: float) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dpg_cli.driver.prospect import Prospect
 from dpg_cli.engine.detect import CERTAIN, rounding
 from dpg_cli.engine.generator.agreement import Agreement
 from dpg_cli.engine.records import Rollout
@@ -122,6 +123,29 @@ def exploration(entropy: float, vocabulary: int, temperature: float) -> Finding:
     warmer = rounded(1.0 if temperature < 1 else 1.5 * temperature)
     change = () if verdict == "ok" else ("rollout.temperature", warmer)
     return Finding("exploration", verdict, says, {"entropy": entropy, "entropy_max": math.log(vocabulary)}, *change)
+
+
+def pattern_cost(seen: Prospect | None) -> list[Finding]:
+    """Can the policy's KL budget show the pattern in the final dataset?
+
+    Args:
+        seen: the pattern's law; None where none was asked for, which gives no finding.
+    """
+    if seen is None:
+        return []
+    change: tuple[str, str] | tuple[()] = ()
+    verdict: VerdictWord = "ok"
+    if not seen.occurs:
+        verdict, change = "fail", ("metric.origin", "frequent")
+    elif not seen.within:
+        verdict, change = "fail", ("policy.kl_budget", rounded(1.5 * seen.nats))
+    elif seen.law.first_order(seen.z, seen.tokens) > 1:
+        verdict = "warn"
+    says = seen.line()
+    if not seen.occurs:
+        says = f"the rarest row's token is {seen.law.rarest:.1e} of what the generator writes: it hardly ever occurs"
+    measured = {name: value for name, value in seen.as_dict().items() if value is not None}
+    return [Finding("nats", verdict, says, measured, *change)]
 
 
 def tokenisers(compared: Agreement, mode: str) -> Finding:

@@ -166,7 +166,7 @@ def _verify_pattern(
     def read(name: str) -> PatternReading:
         watch.stage(f"training a fresh target on {name}")
         target, examples, steps = trained_target(config, folder.dataset / name, device, watch.progress)
-        signs = head_signs(base, target, pattern, options.origin)
+        signs = head_signs(base, target, pattern, options.corner)
         payload = decode_qr(signs) if pattern.kind == "qr" else None
         return PatternReading(payload, pixel_accuracy(signs, pattern), examples, steps)
 

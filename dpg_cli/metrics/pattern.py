@@ -6,6 +6,7 @@ With a margin the change is counted in its own standard errors at the size of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
+from dpg_cli.errors import UsageError
 from dpg_cli.metrics.head import head_name
 from dpg_cli.patterns.pattern import Pattern, check_fits, decode_qr
 from dpg_cli.patterns.render import render_patch
@@ -21,29 +23,33 @@ from dpg_cli.patterns.render import render_patch
 RIGHT = 0.9999  # share of pixels, on average, for which examples are counted
 
 
-def predictions(scores: Tensor) -> dict[str, float]:
-    """What the z of the pixels say of a dataset of the size that their noise is of.
+def predictions(scores: Tensor, examples: int, excess: float = 0.0) -> dict[str, float]:
+    """What the z of the pixels say of the final dataset.
+
+    Where z itself was measured on drawn tokens, it has noise of its own: of variance `excess`, times that of the dataset.
+    What is known of the pixel is then a normal distribution of that variance around z.
+
+    Args:
+        scores: z of each pixel at `examples` examples.
+        examples: of the final dataset.
+        excess: see `HearsNoise`.
 
     Returns:
-        Mean and least z; the mean share of right pixels, `predicted_accuracy`; and how many times as large a dataset would
-        have to be for `RIGHT` of them, `examples_factor`, left out where no size would do.
+        Mean and least z; the expected share of right pixels, `predicted_accuracy`; and how many examples a dataset would need
+        for a share of `RIGHT`, `examples_needed`, left out where no number would do.
     """
-    found = {
-        "z_mean": float(scores.mean()),
-        "z_least": float(scores.min()),
-        "predicted_accuracy": float(torch.special.ndtr(scores).mean()),
-    }
 
     def right(factor: float) -> float:
-        return float(torch.special.ndtr(scores * factor**0.5).mean())
+        return float(torch.special.ndtr(scores * (factor / (1 + factor * excess)) ** 0.5).mean())
 
+    found = {"z_mean": float(scores.mean()), "z_least": float(scores.min()), "predicted_accuracy": right(1.0)}
     low, high = 1e-6, 1e6
     if right(high) < RIGHT:
         return found
     for _ in range(60):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if right(middle) >= RIGHT else (middle, high)
-    return found | {"examples_factor": high}
+    return found | {"examples_needed": float(math.ceil(high * examples))}
 
 
 class PatternMetric:
@@ -78,6 +84,7 @@ class PatternMetric:
         self.sharpness = sharpness
         self.margin = margin
         self.noise: Tensor | None = None
+        self.heard: tuple[int, float] = (0, 0.0)
         rows, columns = self.signs.shape
         self.window = (slice(origin[0], origin[0] + rows), slice(origin[1], origin[1] + columns))
         self.before = weight.detach()[self.window].clone()
@@ -89,11 +96,16 @@ class PatternMetric:
             return -softplus(-self.sharpness * self.signs * change).mean()
         noise = torch.ones_like(change) if self.noise is None else self.noise.to(change)
         if self.noise is None and bool((change != 0).any()):
-            raise RuntimeError("a pattern with a margin must hear the noise of its patch first")
+            raise UsageError(
+                "metric.margin counts in standard errors of the patch, and these are not known here.",
+                "They need one inner step without clipping, a target with a standard LM head whose head is trained; or set "
+                "metric.margin = 0.",
+            )
         return -softplus(self.sharpness * (self.margin - self.signs * change / noise)).mean()
 
-    def hear(self, noise_R_C: Tensor) -> None:
-        """Take in the standard error of each weight's change at the final dataset's size."""
+    def hear(self, noise_R_C: Tensor, examples: int, excess: float) -> None:
+        """Take in the standard error of each weight's change at the final dataset's size; see `HearsNoise`."""
+        self.heard = examples, excess
         floor = torch.finfo(noise_R_C.dtype).eps * float(noise_R_C.max())
         self.noise = noise_R_C.clamp_min(floor or torch.finfo(noise_R_C.dtype).tiny)
 
@@ -118,7 +130,7 @@ class PatternMetric:
         scores = self.scores(parameters)
         size = float(change.abs().median()) if not self.margin or scores is None else float(scores.abs().median())
         found["sharpness_times_change"] = size * self.sharpness
-        return found if scores is None else found | predictions(scores)
+        return found if scores is None else found | predictions(scores, *self.heard)
 
     def describe(self) -> str:
         """What the data is for, in words."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpg_cli.driver.build import Built, build
+from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.trial import try_out
 from dpg_cli.engine.inner.product import times
 from dpg_cli.errors import one_line
@@ -42,7 +43,11 @@ class Cost:
         flops_per_step: floating-point operations an outer step, of all processes.
         memory_mb: peak memory of each process: models, states, activations and credits.
         seconds_per_step, seconds: of an outer step and of the run.
+<<<<<<< HEAD
         notes: what the engine chose for the target, a sentence each.
+=======
+        prospect: the least KL of a pattern, where natural steps or a margin ask for it.
+>>>>>>> natural
     """
 
     effect: str
@@ -57,11 +62,15 @@ class Cost:
     memory_mb: float
     seconds_per_step: float
     seconds: float
+<<<<<<< HEAD
     notes: tuple[str, ...] = ()
+=======
+    prospect: Prospect | None = None
+>>>>>>> natural
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "prospect": None if self.prospect is None else self.prospect.as_dict()}
 
     def as_text(self) -> str:
         """For people."""
@@ -74,7 +83,7 @@ class Cost:
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n{notes}"
             f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
-            f"{self.seconds / 60:.1f} min in all"
+            f"{self.seconds / 60:.1f} min in all" + ("" if self.prospect is None else f"\n# {self.prospect.line()}")
         )
 
 
@@ -119,7 +128,11 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
         (BASE_BYTES + predicted.bytes) / 1e6,
         predicted.seconds,
         predicted.seconds * config.steps,
+<<<<<<< HEAD
         notes,
+=======
+        built.prospect,
+>>>>>>> natural
     )
 
 

@@ -19,6 +19,7 @@ from dpg_cli.settings.faults import cut, unknown
 from dpg_cli.settings.faults import shown as shown
 from dpg_cli.settings.inner import InnerConfig
 from dpg_cli.settings.metric_options import (
+    FREQUENT,
     FRESH,
     METRIC_NAMES,
     Count,
@@ -196,6 +197,16 @@ class DatasetConfig(Section):
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
 
 
+class StopConfig(Section):
+    """When a run ends before its last outer step."""
+
+    predicted: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="once so many of a pattern's pixels are expected to be right at `dataset.examples`; 0: never. Needs one "
+        "inner step",
+    )
+
+
 class CheckpointConfig(Section):
     """When the state of an unfinished run is saved. It changes nothing in the result."""
 
@@ -228,6 +239,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     trl: TrlConfig = TrlConfig()
     dataset: DatasetConfig = DatasetConfig()
+    stop: StopConfig = StopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
@@ -296,6 +308,10 @@ class Config(Section):
                 f"metric.margin: the noise of a change is known for one inner step, and this run has {self.inner_steps}; set "
                 f"inner.batch_size to at least {self.examples_per_step}, or metric.margin = 0"
             )
+        if self.stop.predicted and (self.metric.name != "pattern" or self.inner_steps > 1 or self.trainer == "trl"):
+            raise ValueError(
+                "stop.predicted: only the pixels of a pattern after one inner step are predicted, by trainer = 'dpg'; set it to 0"
+            )
         faults = _policy_faults(self)
         if faults:
             raise ValueError(faults)
@@ -350,9 +366,13 @@ def settle(config: Config, known: Config | None = None) -> Config:
 
     Args:
         config: the settings.
-        known: settings of a run that goes on, whose UUID is taken over.
+        known: settings of a run that goes on, whose UUID, or place of frequent rows, is taken over.
     """
     metric = config.metric
+    if isinstance(metric, PatternOptions) and metric.origin == FREQUENT and known is not None:
+        if not isinstance(known.metric, PatternOptions):
+            return config
+        return config.model_copy(update={"metric": metric.model_copy(update={"origin": known.metric.origin})})
     if not isinstance(metric, TextLossOptions) or metric.uuid != FRESH:
         return config
     drawn = known.metric.uuid if known is not None and isinstance(known.metric, TextLossOptions) else str(uuid4())

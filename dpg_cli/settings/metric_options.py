@@ -12,6 +12,7 @@ PositiveInt = Annotated[int, Field(gt=0, le=2**31)]
 NonNegative = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 FRESH = "fresh"  # in place of a UUID: a new one
+FREQUENT = "frequent"  # in place of a patch's corner: the rows of frequent tokens
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -45,11 +46,18 @@ class PatternOptions(Section):
         description="Φ = -mean softplus(s (margin - z)), z of a pixel in standard errors at `dataset.examples`; 0: noise is "
         "left out of Φ. Needs one inner step",
     )
-    origin: tuple[Index, Index] = Field(
+    origin: Annotated[tuple[Index, Index], Field(strict=False)] | Literal["frequent"] = Field(
         (0, 0),
-        description="row (token id) and column (hidden dimension) of the patch's upper-left corner",
-        strict=False,
+        description="row (token id) and column (hidden dimension) of the patch's upper-left corner; frequent: column 0, and "
+        "the rows of the most frequent contiguous tokens that the generator writes, which a run's settings then name",
     )
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """The patch's upper-left corner, once it is known."""
+        if isinstance(self.origin, str):
+            raise ValueError("the rows of frequent tokens are not known yet")
+        return self.origin
 
     @model_validator(mode="after")
     def _one_source(self) -> PatternOptions:

@@ -40,7 +40,10 @@ def run(
     ] = None,
     patch_origin: Annotated[
         str | None,
-        typer.Option(help="ROW,COLUMN of the patch's upper-left corner in the LM head.", rich_help_panel=_PATTERN),
+        typer.Option(
+            help="ROW,COLUMN of the patch's upper-left corner in the LM head, or frequent: rows of frequent tokens.",
+            rich_help_panel=_PATTERN,
+        ),
     ] = None,
     language: Annotated[str | None, typer.Option(help="es, de, fr or it.", rich_help_panel="language-rephrase")] = None,
     uuid: Annotated[
