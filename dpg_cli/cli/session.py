@@ -54,6 +54,7 @@ def session(
     from dpg_cli.cli.display import RunDisplay
     from dpg_cli.driver.execute import StopRequest, execute, finished
     from dpg_cli.engine.ranks import ALONE
+    from dpg_cli.runs.folder import command
     from dpg_cli.runs.tracking import Trackers
 
     ranks = ranks or ALONE
@@ -64,7 +65,7 @@ def session(
         report(folder, known, as_json)
         return
     stop = StopRequest()
-    remedy = f"Go on with: dpg resume {folder.path}"
+    remedy = f"Go on with: {command('resume', folder.path, config.metric_file)}"
     launch.advise(remedy)
     try:
         with (
@@ -101,17 +102,19 @@ def follow(ranks: Ranks, named_metric: str | None = None) -> None:
     """
     from dpg_cli.driver.assist import assist
     from dpg_cli.driver.execute import StopRequest
+    from dpg_cli.runs.folder import command
     from dpg_cli.settings.config import validate
 
     known = ranks.agreed(None)
     if known is None:  # the run is finished
         return
     stop = StopRequest()
-    remedy = f"Go on with: dpg resume {known['folder']}"
+    config = validate(known["config"])
+    remedy = f"Go on with: {command('resume', known['folder'], config.metric_file)}"
     launch.advise(remedy)
     try:
         with stopping(stop, lambda text: None):
-            assist(validate(known["config"]), known["folder"], ranks, stop, named_metric)
+            assist(config, known["folder"], ranks, stop, named_metric)
     except KeyboardInterrupt:
         raise InterruptedRunError("Left at once.", remedy) from None
     except LostProcessError as error:
@@ -147,17 +150,21 @@ def stopping(stop: StopRequest, notify: Callable[[str], None]) -> Iterator[None]
 def left(config: Config, folder: RunFolder) -> InterruptedRunError:
     """What is left after leaving at once."""
     from dpg_cli.driver.checkpoint import found
+    from dpg_cli.runs.folder import command
 
     if not folder.config.is_file():
         return InterruptedRunError("Interrupted before the first outer step; nothing was written.")
     saved = next((f"the last checkpoint is of outer step {step} of {config.steps}" for step, _ in found(folder)), None)
     return InterruptedRunError(
-        f"Left at once; {saved or 'there is no checkpoint yet'}.", f"Go on with: dpg resume {folder.path}"
+        f"Left at once; {saved or 'there is no checkpoint yet'}.",
+        f"Go on with: {command('resume', folder.path, config.metric_file)}",
     )
 
 
 def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
     """Print the outcome on stdout."""
+    from dpg_cli.runs.folder import command
+
     if as_json:
         typer.echo(
             json.dumps(
@@ -177,4 +184,6 @@ def report(folder: RunFolder, outcome: Outcome, as_json: bool) -> None:
     typer.echo(one_line(f"{folder.path}: {measures}"))
     memory = "" if outcome.peak_memory_mb is None else f", {outcome.peak_memory_mb:,.0f} MB at the peak"
     sessions = "" if outcome.sessions == 1 else f" in {outcome.sessions} sessions"
-    typer.echo(f"{outcome.seconds:.0f} s{sessions}{memory}. Next: dpg verify {folder.path}")
+    typer.echo(
+        f"{outcome.seconds:.0f} s{sessions}{memory}. Next: {command('verify', folder.path, folder.read_config().metric_file)}"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpg_cli.cli.metric_flags import FLAGS, check_flags, custom_settings, metric_name, note_change, origin
 from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.escape import pasted
 
 if TYPE_CHECKING:
     from dpg_cli.settings.config import Config
@@ -104,7 +105,7 @@ def _resolved(task: str | None, scale: str, file: Path | None, flags: dict[str, 
         if task is not None and loaded.get("task", task) != task:
             raise UsageError(f"{file} is for the task {loaded['task']!r}, not {task!r}.", "Leave the task out.")
         if task is None and "task" not in loaded:
-            raise UsageError(f"{file} names no task.", f"Name it: dpg run TASK --config {file}.")
+            raise UsageError(f"{file} names no task.", f"Name it: dpg run TASK --config {pasted(file)}")
         note_change(loaded.get("metric", {}), flags.get("metric", {}))
         data = merge(data, loaded)
     check_flags(flags.get("metric", {}), metric_name(data, overrides), task or str(data["task"]))

@@ -32,6 +32,11 @@ class PromptFormat:
     instruction: str = ""
     max_tokens: int = 0
 
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template asks for today's date, and is given a fixed one."""
+        return self.chat and ChatTemplate(self.tokenizer, "").dated
+
     def write(self, prompts: list[str]) -> list[str]:
         """What the generator reads, as text."""
         texts = self._cut(prompts) if self.max_tokens else prompts

@@ -72,6 +72,11 @@ class ChatTemplate:
         return bool(MARKS.search(self._template(None)))
 
     @cached_property
+    def dated(self) -> bool:
+        """Whether the template asks for the date."""
+        return any(name in self._template(None) for name in ("strftime_now", "date_string"))
+
+    @cached_property
     def in_parts(self) -> bool:
         """Whether the template reads contents as lists of parts alone."""
         for content in (PROBE, [{"type": "text", "text": PROBE}]):
@@ -137,15 +142,12 @@ class ChatTemplate:
         for place, message in enumerate(chat.messages):
             if message["role"] != "assistant":
                 continue
-            if place:
-                before = self.render(chat.messages[:place], open_turn=True, chat=chat)
-            else:  # nothing to open a turn after: its content's beginning
-                before = whole[: common(whole, self._changed(chat, place))]
+            ahead = chat.messages[:place]  # where there is nothing to open a turn after, it begins with its content
+            before = self.render(ahead, open_turn=True, chat=chat) if ahead else self._changed(chat, place)
             upto = self.render(chat.messages[: place + 1], chat=chat)
-            start, end = len(before), len(upto) if whole.startswith(upto) else self._end(chat, whole, place)
+            start, end = common(before, whole), len(upto) if whole.startswith(upto) else self._end(chat, whole, place)
             own = str(message.get("content") or "").rpartition("</think>")[2].strip()
-            fits = whole.startswith(before) and end > start >= (spans[-1][1] if spans else 0)
-            if not fits or own not in whole[start:end]:
+            if not end > start >= (spans[-1][1] if spans else 0) or own not in whole[start:end]:
                 raise fault(
                     f"the chat template of {self.name!r} neither marks the assistant's turns nor writes them the same "
                     "whatever follows them; give the columns of text, or a template with {% generation %} marks"

@@ -13,7 +13,7 @@ from dpg_cli.data.examples import RowEncoder, padded
 from dpg_cli.data.formats.base import BATCH, ListedRows, Rows
 from dpg_cli.data.shapes import (
     EXTRAS,
-    Fault,
+    Chat,
     Item,
     Shape,
     combined,
@@ -48,7 +48,7 @@ class Understood:
         untrained: rows that have nothing to train on (any more).
         straddling: rows with a token across the seam of context and completion.
         turns: how the assistant's turns were found: "" for no conversation, "marks", "renderings".
-        date: what the chat template takes for today; empty where there is none.
+        date: what the chat template takes for today; empty where it does not ask.
     """
 
     source: str
@@ -80,16 +80,18 @@ class Understood:
         """What the user should know besides, a line each."""
         said = []
         if self.empty:
-            said.append(f"{_rows(len(self.empty))} empty and left out; the first is row {self.empty[0]}.")
+            said.append(f"{_rows(len(self.empty), 'is', 'are')} empty and left out; the first is row {self.empty[0]}.")
         if self.cut:
-            said.append(f"{_rows(self.cut)} cut to the longest length.")
+            said.append(f"{_rows(self.cut, 'is', 'are')} cut to the longest length.")
         if self.untrained:
-            said.append(f"{_rows(self.untrained)} left with nothing to train on: no loss, a score of 0.")
+            said.append(f"{_rows(self.untrained, 'has', 'have')} nothing left to train on: no loss, a score of 0.")
         if self.straddling:
             said.append(
-                f"{_rows(self.straddling)} tokenised with a token across the seam of context and completion, which is "
-                "trained on; a context that ends where a token ends has none."
+                f"{_rows(self.straddling, 'has', 'have')} a token across the seam of context and completion; it is trained "
+                "on. End contexts without a blank, and begin completions with it."
             )
+        if self.date:
+            said.append(f"The chat template asks for today's date and is given {self.date}.")
         return said
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,8 +99,8 @@ class Understood:
         return asdict(self)
 
 
-def _rows(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count:,} rows are"
+def _rows(count: int, one: str, many: str) -> str:
+    return f"1 row {one}" if count == 1 else f"{count:,} rows {many}"
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,31 @@ class Prepared:
         return padded([self.rows[place] for place in self.trained], encoder.target)
 
 
-def prepare(
-    source: str,
-    encoder: RowEncoder,
-    *,
-    contexts: str = "",
-    limit: int = 0,
-    split: str = "train",
-    what: str = "examples",
-    flag: str = "DATA",
-) -> Prepared:
+@dataclass(frozen=True)
+class Gathered:
+    """The rows of a source, read and understood, before any tokeniser.
+
+    Attributes:
+        source: as it was named.
+        rows, shape: of the source.
+        items: (number, item) of the rows that are not empty.
+        empty: numbers of the others.
+    """
+
+    source: str
+    rows: Rows
+    shape: Shape
+    items: list[tuple[int, Item]]
+    empty: list[int]
+
+
+def gather(
+    source: str, *, contexts: str = "", limit: int = 0, split: str = "train", what: str = "examples", flag: str = "DATA"
+) -> Gathered:
     """Read a source to its end.
 
     Args:
         source: see `sources`.
-        encoder: of the target.
         contexts: a source of what stands before each completion; empty where the rows have it themselves.
         limit: only the first so many rows; 0 takes all.
         split, what, flag: see `sources.open_rows`.
@@ -163,14 +175,31 @@ def prepare(
         before = open_rows(contexts, split=split, what="prompts", flag="--prompts", limit=limit)
         name, found = _beside(rows, shape, before, parse(contexts).column)
         shape = Shape(shape.name, shape.trained, (f"{name} of {before.name}",), shape.read)
-    return _encoded(rows, shape, found, encoder, source)
+    return _sorted(source, rows, shape, found)
 
 
-def prepare_items(found: Sequence[Item], encoder: RowEncoder, name: str) -> Prepared:
+def gathered_items(found: Sequence[Item], name: str) -> Gathered:
     """Rows that are understood already, such as the documents of a harness's task."""
     rows = ListedRows([{} for _ in found], name, "documents", [])
-    shape = Shape("text", ("text",), (), lambda row, fault: found[0])
-    return _encoded(rows, shape, enumerate(found), encoder, name)
+    return _sorted(name, rows, Shape("text", ("text",), (), lambda row, fault: found[0]), enumerate(found))
+
+
+def _sorted(source: str, rows: Rows, shape: Shape, found: Iterable[tuple[int, Item]]) -> Gathered:
+    """Empty rows apart from the others.
+
+    Raises:
+        UsageError: if all are empty.
+    """
+    full: list[tuple[int, Item]] = []
+    empty: list[int] = []
+    for place, item in found:
+        if is_empty(item):
+            empty.append(place)
+        else:
+            full.append((place, item))
+    if not full:
+        raise UsageError(f"All rows of {source} are empty.", "Give at least one with a text.")
+    return Gathered(source, rows, shape, full, empty)
 
 
 def _beside(rows: Rows, shape: Shape, before: Rows, column: str) -> tuple[str, Iterable[tuple[int, Item]]]:
@@ -227,47 +256,23 @@ def _blank(value: Any) -> bool:
     return value in (None, "", [])
 
 
-def _encoded(rows: Rows, shape: Shape, found: Iterable[tuple[int, Item]], encoder: RowEncoder, source: str) -> Prepared:
-    """Items as tokens, in batches, and the account of them."""
+def prepare(found: Gathered, encoder: RowEncoder) -> Prepared:
+    """The rows of a source as tokens, and the account of them.
+
+    Raises:
+        UsageError: naming the first row that cannot be encoded.
+    """
     tokens: list[Tokens] = []
-    numbers: list[int] = []
-    empty: list[int] = []
-    kinds: set[str] = set()
-    batch: list[tuple[Item, Fault]] = []
-
-    def flush() -> None:
-        tokens.extend(encoder([item for item, _ in batch], [fault for _, fault in batch]))
-        batch.clear()
-
-    count = 0
-    for place, item in found:
-        count += 1
-        if is_empty(item):
-            empty.append(place)
-            continue
-        kinds.add(type(encoder.settled(item)).__name__)
-        numbers.append(place)
-        batch.append((item, fault_of(rows, place)))
-        if len(batch) >= BATCH:
-            flush()
-    flush()
-    if not tokens:
-        raise UsageError(f"All rows of {source} are empty.", "Give at least one with a text.")
-    return Prepared(tokens, numbers, _account(rows, shape, encoder, source, tokens, empty, kinds, count))
+    for start in range(0, len(found.items), BATCH):
+        batch = found.items[start : start + BATCH]
+        tokens += encoder([item for _, item in batch], [fault_of(found.rows, place) for place, _ in batch])
+    return Prepared(tokens, [place for place, _ in found.items], _account(found, encoder, tokens))
 
 
-def _account(
-    rows: Rows,
-    shape: Shape,
-    encoder: RowEncoder,
-    source: str,
-    tokens: list[Tokens],
-    empty: list[int],
-    kinds: set[str],
-    count: int,
-) -> Understood:
+def _account(found: Gathered, encoder: RowEncoder, tokens: list[Tokens]) -> Understood:
     """How rows were understood."""
-    talk = "Chat" in kinds
+    shape, columns = found.shape, found.rows.columns
+    talk = any(isinstance(encoder.settled(item), Chat) for _, item in found.items)
     turns = talk and not shape.context and encoder.how.train_on != "all"
     trained, context = ", ".join(shape.trained), ", ".join(shape.context)
     if turns:
@@ -278,19 +283,19 @@ def _account(
     read = {*shape.trained, *shape.context, *(EXTRAS if talk else ())}
     marked = turns and encoder.template is not None and encoder.template.marked
     return Understood(
-        source=source,
-        kind=rows.kind,
+        source=found.source,
+        kind=found.rows.kind,
         shape=shape.name,
         trained=trained,
         context=context,
-        left_out=tuple(name for name in rows.columns if name not in read),
-        rows=count,
-        empty=tuple(empty),
+        left_out=tuple(name for name in columns if name not in read),
+        rows=len(found.items) + len(found.empty),
+        empty=tuple(found.empty),
         tokens=sum(len(row.ids) for row in tokens),
         trained_tokens=sum(sum(row.label) for row in tokens),
         cut=sum(row.cut > 0 for row in tokens),
         untrained=sum(not any(row.label) for row in tokens),
         straddling=sum(row.straddles for row in tokens),
         turns="" if not turns else "marks" if marked else "renderings",
-        date=DATE if talk else "",
+        date=DATE if talk and encoder.template is not None and encoder.template.dated else "",
     )

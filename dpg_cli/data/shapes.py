@@ -14,6 +14,7 @@ from typing import Any
 
 from dpg_cli.data.formats.base import Row, Rows, columns_shown
 from dpg_cli.errors import UsageError
+from dpg_cli.escape import pasted
 
 PROMPTS = ("prompt",)
 QUESTIONS = ("instruction", "question")  # put to the target through its chat template, or with a blank line after it
@@ -140,7 +141,7 @@ def context_reader(rows: Rows, column: str = "") -> tuple[str, Callable[[Row, Fa
     if not name:
         raise UsageError(
             f"{rows.name} has the columns {columns_shown(rows.columns)}: none that holds prompts.",
-            f"Name it: --prompts {rows.name}:COLUMN.",
+            f"Name it: --prompts {pasted(rows.name)}:COLUMN",
         )
     rows.only([name])
 
@@ -247,7 +248,7 @@ def require_column(rows: Rows, column: str) -> None:
     if column and column not in rows.columns:
         raise UsageError(
             f"{rows.name} has no column {column!r}; it has {columns_shown(rows.columns)}.",
-            f"Name one: {rows.name}:COLUMN.",
+            f"Name one: {pasted(rows.name)}:COLUMN",
         )
 
 
@@ -259,7 +260,7 @@ def fault_of(rows: Rows, place: int) -> Fault:
 def _unknown(rows: Rows) -> UsageError:
     return UsageError(
         f"{rows.name} has the columns {columns_shown(rows.columns)}, which are no shape of examples.",
-        f"Accepted: {ACCEPTED}; or name a column: {rows.name}:COLUMN.",
+        f"Accepted: {ACCEPTED}; or name a column: {pasted(rows.name)}:COLUMN",
     )
 
 

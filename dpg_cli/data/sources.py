@@ -15,7 +15,7 @@ docs/data.md lists what rows may look like; `shapes` reads them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 
 from dpg_cli.data.formats import SUFFIXES, open_file
 from dpg_cli.data.formats.base import Head, ListedRows, Row, Rows
-from dpg_cli.data.shapes import Item, is_empty, items, shape_of
 from dpg_cli.data.spool import COMPRESSED, local
 from dpg_cli.errors import UsageError
+from dpg_cli.escape import pasted
 from dpg_cli.models.hub import first_line, offline_note, require, unreachable
 
 STDIN = "-"
@@ -67,6 +67,15 @@ def absolute(source: str, base: Path | None = None) -> str:
     return str(path.resolve()) + source[len(name) :] if ordinary else source
 
 
+def files_of(source: str) -> list[Path]:
+    """The local file or folder that a source names, also where a name is `FILE.py:Name`; none for any other."""
+    try:
+        path = parse(source).place
+        return [path] if source and path.exists() else []
+    except (OSError, ValueError):
+        return []
+
+
 def open_rows(source: str, *, split: str, what: str, flag: str, limit: int = 0) -> Rows:
     """Open a source.
 
@@ -103,17 +112,6 @@ def open_rows(source: str, *, split: str, what: str, flag: str, limit: int = 0) 
     if not len(rows):
         raise UsageError(f"The {what} {source} are empty.", "Give at least one row.")
     return Head(rows, limit) if limit and len(rows) > limit else rows
-
-
-def open_items(source: str, *, split: str, what: str, flag: str, limit: int = 0) -> Iterator[tuple[int, Item]]:
-    """(number, item) of the rows of a source that are not empty; the arguments are those of `open_rows`.
-
-    Raises:
-        UsageError: for whatever cannot be read, has no known shape, or has a row that is not of it.
-    """
-    rows = open_rows(source, split=split, what=what, flag=flag, limit=limit)
-    shape = shape_of(rows, parse(source).column)
-    return ((place, item) for place, item in items(rows, shape) if not is_empty(item))
 
 
 def _named_as_file(name: str) -> bool:
@@ -172,7 +170,9 @@ def _folder(path: Path, source: Source, split: str) -> Rows:
     wanted = source.split or (split if split in rows else next(iter(rows)) if len(rows) == 1 else "")
     if wanted not in rows:
         cause = f"has no split {source.split!r}" if source.split else "has several splits"
-        raise UsageError(f"{path} {cause}; there are {', '.join(rows)}.", f"Name one: {path}#{next(iter(rows))}.")
+        raise UsageError(
+            f"{path} {cause}; there are {', '.join(rows)}.", f"Name one: {pasted(f'{path}#{next(iter(rows))}')}"
+        )
     return DatasetRows(rows[wanted], f"{path}#{wanted}")
 
 

@@ -31,7 +31,7 @@ from dpg_cli.engine.state import PartLayout, State, capture, check, layout
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.patterns.pattern import pattern_from_image
 from dpg_cli.runs.files import os_reason, reading, replacing, sync, writing
-from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.folder import RunFolder, command
 from dpg_cli.settings.config import CheckpointConfig, Config, PatternOptions, shown, validate
 
 KEPT = 2
@@ -270,7 +270,7 @@ def require_same(folder: RunFolder, config: Config, by_name: bool = True) -> Non
     if changes:
         raise UsageError(
             f"{folder.path} was begun with other settings: {'; '.join(changes)}.",
-            f"Give another --out, or go on with it as it was begun: dpg resume {folder.path}",
+            f"Give another --out, or go on with it as it was begun: {command('resume', folder.path, config.metric_file)}",
         )
 
 

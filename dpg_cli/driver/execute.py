@@ -30,7 +30,7 @@ from dpg_cli.models.loading import LanguageModel, load_generator, quiet_transfor
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
 from dpg_cli.runs.files import WriteError, replacing, writing
-from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.folder import RunFolder, command
 from dpg_cli.runs.sessions import Journal, Outcome, read_info
 from dpg_cli.runs.tracking import Trackers
 from dpg_cli.settings.config import Config
@@ -139,7 +139,10 @@ def advice(folder: RunFolder) -> Iterator[None]:
     except WriteError as error:
         if not folder.config.is_file():
             raise
-        raise UsageError(error.cause, f"{error.remedy} Then go on with: dpg resume {folder.path}") from error
+        raise UsageError(
+            error.cause,
+            f"{error.remedy} Then go on with: {command('resume', folder.path, folder.read_config().metric_file)}",
+        ) from error
 
 
 def begun(
@@ -157,6 +160,7 @@ def begun(
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
     journal.data["fingerprints"] = fingerprints(built)
+    journal.data["data"] = built.notes
     describe(folder, built, journal)
     return journal
 
@@ -299,7 +303,8 @@ def by_trl(
 def stopped(done: int, config: Config, folder: Path) -> InterruptedRunError:
     """What a run that was asked to stop ends with, on every rank."""
     return InterruptedRunError(
-        f"Stopped after outer step {done} of {config.steps}; all of it is saved.", f"Go on with: dpg resume {folder}"
+        f"Stopped after outer step {done} of {config.steps}; all of it is saved.",
+        f"Go on with: {command('resume', folder, config.metric_file)}",
     )
 
 
@@ -326,7 +331,7 @@ def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
     try:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
-        on_stage(f"the report could not be written ({error}); try: dpg report {folder.path}")
+        on_stage(f"the report could not be written ({error}); try: {command('report', folder.path)}")
 
 
 def final_data(config: Config, built: Built, folder: RunFolder) -> tuple[Synthetic, Synthetic | None]:

@@ -16,7 +16,7 @@ from dpg_cli.inspection.patch import before_and_after
 from dpg_cli.inspection.tensors import TensorFile, read_header
 from dpg_cli.inspection.weights import PATCH, Weights, weights_of
 from dpg_cli.patterns.render import render_blocks, row_step
-from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.folder import RunFolder, command
 
 SHOWS = ("before", "after", "difference")
 
@@ -126,7 +126,9 @@ def find(path: Path, tensor: str | None, needs_before: bool) -> Pair:
     if kind == "run":
         run = RunFolder(path)
         if not run.target.is_dir():
-            raise UsageError(f"{path} has no target yet: the run is not finished.", f"Finish it: dpg resume {path}.")
+            raise UsageError(
+                f"{path} has no target yet: the run is not finished.", f"Finish it: {command('resume', path)}"
+            )
         return _of_target(run, tensor, needs_before)
     if kind == "model":
         owner = run_of(path)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.data.examples import Encoding, RowEncoder, padded
+from dpg_cli.data.examples import Encoding, RowEncoder
 from dpg_cli.data.harness import PREFIX, task_documents
-from dpg_cli.data.prepared import Prepared, prepare, prepare_items
+from dpg_cli.data.prepared import Prepared, gather, gathered_items, prepare
 from dpg_cli.data.shapes import Text, trained_text
-from dpg_cli.data.sources import open_items
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import TargetMetric
@@ -75,9 +74,10 @@ def text_loss(options: TextLossOptions, target: LanguageModel) -> TextLossMetric
     source, encoder = _source(options), RowEncoder(target)
     if source.startswith(PREFIX):
         items = [Text(text) for text in task_documents(source.removeprefix(PREFIX), options.documents)]
-        found = prepare_items(items, encoder, source)
+        gathered = gathered_items(items, source)
     else:
-        found = prepare(source, encoder, limit=options.documents, **HELD_OUT)
+        gathered = gather(source, limit=options.documents, **HELD_OUT)
+    found = prepare(gathered, encoder)
     require_room(found, target)
     metric = TextLossMetric(target.model, Examples(*found.tensors(encoder)), _about(len(found.rows), source))
     metric.notes = (found.understood.line(), *found.understood.notes())
@@ -101,7 +101,8 @@ def held_out(options: TextLossOptions) -> tuple[list[str], str]:
     if source.startswith(PREFIX):
         texts = task_documents(source.removeprefix(PREFIX), options.documents)
     else:
-        texts = [trained_text(item) for _, item in open_items(source, limit=options.documents, **HELD_OUT)]
+        found = gather(source, limit=options.documents, **HELD_OUT)
+        texts = [trained_text(item) for _, item in found.items]
         texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(f"The texts {source} are all blank.", "Give at least one document.")
@@ -123,7 +124,7 @@ def encode(texts: list[str], target: LanguageModel) -> Examples:
         UsageError: if one is longer than the target's context.
     """
     encoder = RowEncoder(target, Encoding(begin=True))
-    found = prepare_items([Text(text) for text in texts], encoder, "the texts")
+    found = prepare(gathered_items([Text(text) for text in texts], "the texts"), encoder)
     require_room(found, target)
     return Examples(*found.tensors(encoder))
 

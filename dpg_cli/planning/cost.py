@@ -27,6 +27,8 @@ EFFICIENCY = (
     0.33  # of a large product's rate that these passes reach: between 0.20 and 0.49 on the tiny scale, docs/scaling.md
 )
 
+ROUGH = "times are right to a factor of 2 either way, memory to a fifth, as far as measured (docs/scaling.md: CPU)"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -71,7 +73,7 @@ class Cost:
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n"
             f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
-            f"{self.seconds / 60:.1f} min in all"
+            f"{self.seconds / 60:.1f} min in all; {ROUGH}"
         )
 
 

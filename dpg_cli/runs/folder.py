@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
 from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, validate
 
-__all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
+__all__ = ["RunFolder", "command", "replacing", "resolve_paths", "write_json", "write_text"]
 
 OWN_PROMPTS = ("tiny", "empty")  # sources that are no paths
 
@@ -61,7 +62,9 @@ class RunFolder:
             if leftovers:
                 there = [name for name in there if name != "pattern.png" and not TEMPORARY.fullmatch(name)]
             if "config.toml" in there:
-                raise UsageError(f"{path} holds a run.", f"Go on with it: dpg resume {path}; or give another --out.")
+                raise UsageError(
+                    f"{path} holds a run.", f"Give another --out, or go on with it: {command('resume', path)}"
+                )
             if there:
                 raise UsageError(f"{path} exists and is not empty.", "Give another --out, or remove it.")
         except OSError as error:
@@ -206,6 +209,17 @@ class RunFolder:
         if not isinstance(data, dict):
             raise UsageError(f"{self.metrics}, line {number}: no JSON object.", "The file is damaged there.")
         return data
+
+
+def command(verb: str, path: Path | str, metric: str = "") -> str:
+    """A command on a run, to be pasted as it is printed.
+
+    Args:
+        verb: such as "resume".
+        path: of the run.
+        metric: the file of a custom metric, which must be named again; see `Config.metric_file`.
+    """
+    return shlex.join(["dpg", verb, str(path), *(["--metric", metric] if metric else [])])
 
 
 def resolve_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:

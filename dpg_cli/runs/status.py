@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpg_cli.errors import UsageError
-from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.folder import RunFolder, command
 from dpg_cli.settings.config import Config
 
 LARGEST_JSON = 64 * 2**20  # bytes; tokenisers reach some ten million
@@ -103,7 +103,7 @@ def require_finished(folder: RunFolder, config: Config, status: Status) -> None:
     if not status.finished:
         raise UsageError(
             f"{folder.path} is not finished: {status.steps_done} of {config.steps} outer steps are done.",
-            f"Finish it first: dpg resume {folder.path}.",
+            f"Finish it first: {command('resume', folder.path, config.metric_file)}",
         )
 
 

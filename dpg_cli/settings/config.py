@@ -7,8 +7,9 @@ This module is free of torch, so that `dpg presets` answers at once. Sections fo
 from __future__ import annotations
 
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from uuid import uuid4
 
 import tomli_w
@@ -244,6 +245,12 @@ class Config(Section):
         """Inner runs that an outer step's completions are attributed in."""
         return self.attribution.inner_runs or (1 if self.attribution.cross_group else self.rollout.group_size)
 
+    @property
+    def metric_file(self) -> str:
+        """`FILE.py:Name` of a custom metric, which every command must be given again; empty for any other metric."""
+        path = self.metric.path if isinstance(self.metric, CustomOptions) else ""
+        return path if ".py:" in path else ""
+
     @model_validator(mode="after")
     def _attributable(self) -> Config:
         """Combinations of attribution, credit and metric that have no meaning."""
@@ -342,12 +349,30 @@ def _fault(item: Any) -> str:
     key = ".".join(place)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "unknown setting"
+        message = unknown(key)
     elif item["type"].startswith("union_tag"):
         key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]} (got {shown(item['input'])})"
     return f"{cut(key)}: {message}" if key else message
+
+
+def unknown(key: str) -> str:
+    """What to say of a setting that there is none of: which of the others is meant, if one is near."""
+    known = [key_ for model in (*get_args(get_args(MetricOptions)[0]),) for key_ in _keys(model, "metric.")]
+    known = list(dict.fromkeys([*_keys(Config, ""), *known]))
+    near = get_close_matches(key, known, n=1, cutoff=0.7) or [name for name in known if name.endswith(f".{key}")][:2]
+    return f"unknown setting (did you mean {' or '.join(near)}?)" if near else "unknown setting"
+
+
+def _keys(model: type[Section], before: str) -> list[str]:
+    """The keys of a section and of those in it, dotted."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner: Any = field.annotation
+        section = isinstance(inner, type) and issubclass(inner, Section)
+        found += _keys(inner, f"{before}{name}.") if section else [before + name]
+    return found
 
 
 def shown(value: Any) -> str:

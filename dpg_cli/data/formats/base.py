@@ -22,7 +22,7 @@ class Rows(ABC):
     Attributes:
         name: of the source, for messages.
         kind: of the source, in words, such as "JSON lines".
-        columns: names of the columns; of JSON, those of the first row.
+        columns: names of the columns; of JSON, those of any row.
         named: whether a column can be asked for by name; plain lines have none.
     """
 
@@ -64,12 +64,12 @@ class ListedRows(Rows):
     Args:
         rows: each a mapping of columns to values.
         name, kind: see `Rows`.
-        columns: see `Rows`; by default those of the first row.
+        columns: see `Rows`; by default those of any row.
     """
 
     def __init__(self, rows: Sequence[Row], name: str, kind: str, columns: Sequence[str] | None = None) -> None:
         self.rows, self.name, self.kind = rows, name, kind
-        self.columns = tuple((rows[0] if rows else {}) if columns is None else columns)
+        self.columns = tuple(dict.fromkeys(key for row in rows for key in row) if columns is None else columns)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -20,31 +20,32 @@ class JsonLineRows(Rows):
     """The objects of a JSON-lines file; two numbers a row are kept in memory.
 
     Args:
-        path: the file; it is read once through, to learn where each row begins.
+        path: the file; it is read once through, to learn where each row begins and which columns there are.
         name: see `Rows`.
+
+    Raises:
+        UsageError: naming the line that is not UTF-8 or holds no JSON object.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name, self.kind = path, name, "JSON lines"
         starts, numbers, place = [], [], 0
+        columns: dict[str, None] = {}
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() not in (b"", BOM):
                     starts.append(place)
                     numbers.append(number)
+                    columns |= dict.fromkeys(self._row(line, number))
                 place += len(line)
         self.starts, self.numbers = np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
-        self.columns = tuple(self.take([0])[0]) if starts else ()
+        self.columns = tuple(columns)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def take(self, places: Sequence[int]) -> list[Row]:
-        """See `Rows`.
-
-        Raises:
-            UsageError: naming the line that is not UTF-8 or holds no JSON object.
-        """
+        """See `Rows`."""
         found: dict[int, Row] = {}
         with self.path.open("rb") as file:
             for place in sorted(set(places)):

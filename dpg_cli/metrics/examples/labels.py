@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from dpg_cli.data.examples import Encoding, RowEncoder
-from dpg_cli.data.prepared import prepare_items
+from dpg_cli.data.prepared import gathered_items, prepare
 from dpg_cli.data.shapes import Pair, fault_of, sound
 from dpg_cli.data.sources import open_rows
 from dpg_cli.errors import UsageError
@@ -31,8 +31,8 @@ class LabelAccuracy(Metric):
     Args:
         target: before fine-tuning.
         file: any source of rows with a `text` (or `prompt`) and a `label` (or `completion`) each; the label follows the text
-            directly, so it usually begins with a blank. By default sentences of the embedded world: one that has said its time in front ends at once,
-            one that has not must go on with " now.", and not with any other time.
+            directly, so it usually begins with a blank. By default sentences of the embedded world: one that has said its
+            time in front ends at once, one that has not must go on with " now.", and not with any other time.
 
     Raises:
         UsageError: if the file is not of that form, or a text is too long for the target.
@@ -41,7 +41,7 @@ class LabelAccuracy(Metric):
     def __init__(self, target: LanguageModel, file: str = "") -> None:
         super().__init__(target)
         encoder = RowEncoder(target, Encoding(begin=not file, end=False))
-        found = prepare_items(read_pairs(file) if file else world_pairs(), encoder, file or "the labelled texts")
+        found = prepare(gathered_items(read_pairs(file) if file else world_pairs(), file or "the texts"), encoder)
         if found.understood.cut:
             longest = max(len(row.ids) + row.cut for row in found.rows)
             raise UsageError(f"A labelled text has {longest} tokens; the target reads {target.context}.", "Shorten it.")
