@@ -170,7 +170,7 @@ def prompt_reader(rows: Rows, column: str = "") -> tuple[str, Callable[[Row, Fau
         value = _value(row, name, fault)
         if isinstance(value, str):
             return _joined([value, *(_text(row, other, fault, missing="") for other in more)])
-        return _question(messages_of(value, name, fault), fault)
+        return _question(messages_of(value, name, fault), name in TALKS, fault)
 
     return " + ".join([name, *more]), read
 
@@ -269,7 +269,8 @@ def _first(names: Sequence[str], there: set[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {type(None): "nothing", str: "a text", dict: "an object", list: "a list", bytes: "bytes"}
+    kinds: dict[type, str] = {type(None): "nothing", str: "a text", dict: "an object", list: "a list", bytes: "bytes"}
+    kinds |= {int: "a number", float: "a number", bool: "a boolean"}
     return kinds.get(type(value)) or f"a {type(value).__name__}"
 
 
@@ -378,9 +379,9 @@ def _part(part: Any, name: str, fault: Fault) -> str:
     return text
 
 
-def _question(messages: list[Message], fault: Fault) -> str:
-    """The one user's message that a conversation's answer follows."""
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+def _question(messages: list[Message], answered: bool, fault: Fault) -> str:
+    """The one user's message that messages are, or that the answer of a conversation follows."""
+    answers = [place for place, message in enumerate(messages) if answered and message["role"] == "assistant"]
     before = messages[: answers[-1]] if answers else messages
     if len(before) != 1 or before[0]["role"] != "user" or "content" not in before[0]:
         raise fault("as a prompt, a conversation must have one message of the user before its answer")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from dpg_cli.cli.metric_flags import custom_settings
+from dpg_cli.cli.metric_flags import custom_settings, require_metric
 from dpg_cli.cli.tokens import mask_legend, masked_tokens, scored_tokens, shows_unicode
 from dpg_cli.errors import UsageError, one_line, suggestion
 from dpg_cli.escape import printable
@@ -143,6 +143,8 @@ def _metric(
 
     if showing:
         return {"name": "norm"}
+    if name not in METRIC_NAMES and ".py" not in name:
+        require_metric(name)
     options: dict[str, Any] = {"name": name} if name in METRIC_NAMES else {"name": "custom", **custom_settings(name)}
     if options["name"] != "text-loss":
         given = [flag for flag, value in (("--language", language), ("--eval-text", eval_text)) if value is not None]

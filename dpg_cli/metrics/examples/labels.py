@@ -40,7 +40,7 @@ class LabelAccuracy(Metric):
 
     def __init__(self, target: LanguageModel, file: str = "") -> None:
         super().__init__(target)
-        encoder = RowEncoder(target, Encoding(begin=not file, end=False))
+        encoder = RowEncoder(target, Encoding(begin=True, end=False))
         found = prepare(gathered_items(read_pairs(file) if file else world_pairs(), file or "the texts"), encoder)
         if found.understood.cut:
             longest = max(len(row.ids) + row.cut for row in found.rows)
