@@ -110,7 +110,17 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     data, table = tmp_path / "chats.jsonl", tmp_path / "chats.parquet"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
     pq.write_table(pa.table({"messages": chats}), table)
-    arguments = ["--target", str(target), "--language", "en", "--set", "metric.documents=4", "--out", str(out)]
+    arguments = [
+        "--target",
+        str(target),
+        "--language",
+        "en",
+        "--set",
+        "metric.documents=4",
+        "--out",
+        str(out),
+        "--overwrite",
+    ]
     found = []
     for source in (f"{data}:messages", str(data), str(table)):
         answer = CliRunner().invoke(app, ["attribute", source, *arguments])
@@ -126,7 +136,7 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         assert trained == answer  # the prompt and the template's frame carry no loss
     chats[2].pop()
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
-    for extra, words in (([], "Conversation 3"), (["--target", "tiny"], "chat template")):
+    for extra, words in (([], "line 3: there is no turn of the assistant"), (["--target", "tiny"], "no chat template")):
         answer = CliRunner().invoke(app, ["attribute", str(data), *arguments, *extra])
         assert isinstance(answer.exception, UsageError)
         assert words in str(answer.exception)
@@ -138,10 +148,10 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         (["nowhere.txt", "--language", "en"], "nowhere.txt"),
         (["{data}"], "--eval-text"),
         (["{data}", "--language", "xx"], "metric.language"),
-        (["{data}", "--metric", "beauty"], "metric.name"),
+        (["{data}", "--metric", "text-los"], "Did you mean text-loss?"),
         (["{data}", "--language", "en", "--memory", "cloud"], "inner.states"),
         (["{data}", "--language", "en", "--out", "no/such/folder/x.parquet"], "--out"),
-        (["{data}", "--language", "en", "--prompts", "{other}"], "one for each"),
+        (["{data}", "--language", "en", "--prompts", "{other}"], "the first doubtful pair is {data}, line 2 against"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, flags: list[str], words: str) -> None:
@@ -153,7 +163,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, flags: list[str], word
     arguments = [flag.format(data=data, other=other) for flag in flags]
     answer = CliRunner().invoke(app, ["attribute", "--out", str(tmp_path / "x.parquet"), *arguments])
     assert isinstance(answer.exception, DpgError)
-    assert words in str(answer.exception)
+    assert words.format(data=data) in str(answer.exception)
     assert not (tmp_path / "x.parquet").exists()
 
 

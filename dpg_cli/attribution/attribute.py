@@ -1,32 +1,36 @@
-"""`dpg attribute` without its display: the metagradients of a user's own fine-tuning data, and no generator anywhere."""
+"""`dpg attribute` without its display: the metagradients of a user's own fine-tuning data, and no generator anywhere.
+
+rows of the source -> examples (`data`) -> fine-tuning once, in a shuffled order -> metagradient -> scores (`scores`)
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+import transformers
 
-from dpg_cli.data.conversations import read_conversations, write_conversations
-from dpg_cli.data.sources import open_texts
+from dpg_cli import __version__
+from dpg_cli.attribution.scores import Scored, check_place, write_scores
+from dpg_cli.data.examples import Encoding, Keep, RowEncoder, TrainOn
+from dpg_cli.data.prepared import Prepared, gather, prepare
+from dpg_cli.data.sources import files_of
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.metagrad import metagradient
-from dpg_cli.engine.records import Examples
-from dpg_cli.errors import UsageError
+from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.metrics.registry import build_metric
+from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device, quiet_transformers
 from dpg_cli.planning.memory import Need, check_memory
-from dpg_cli.runs.files import replacing
 from dpg_cli.runs.sessions import peak_memory_mb
-from dpg_cli.settings.config import Config
+from dpg_cli.settings.config import Config, CustomOptions, InnerConfig, TextLossOptions
 
-KEYS = ("text", "completion", "response")  # columns to look for where DATA names none
-CONTEXT_KEYS = ("prompt", "instruction", "question")
 TOKENS = 4096  # of an automatic micro-batch
 
 DEFAULTS: dict[str, Any] = {  # of `dpg attribute`, where they differ from a run's
@@ -35,26 +39,34 @@ DEFAULTS: dict[str, Any] = {  # of `dpg attribute`, where they differ from a run
     "inner": {"lr": 1e-4, "beta2": 0.95, "eps": 1e-3, "batch_size": 32},
 }
 
-SCHEMA = pa.schema(
-    [
-        ("example_id", pa.int64()),
-        ("text", pa.string()),
-        ("score", pa.float64()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("tokens", pa.list_(pa.string())),
-        ("token_scores", pa.list_(pa.float32())),
-    ]
-)
-
 
 @dataclass(frozen=True)
-class Ranked:
-    """One example with its metagradients: ∂Φ/∂w of the example, and of each token's loss (0 for context)."""
+class Request:
+    """What is to be attributed, besides the settings.
 
-    example_id: int
-    score: float
-    tokens: list[str]
-    token_scores: list[float]
+    Attributes:
+        data: a source of rows, see `data/sources.py`.
+        out: where the scores go.
+        prompts: a source of what stands before each completion; empty where the rows have it themselves.
+        limit: only the first so many rows; 0 takes all.
+        keep: which end of a row longer than `inner.max_length` stays.
+        train_on: see `data.examples.Encoding`.
+        overwrite: whether earlier scores may be replaced.
+        micro_batch: rows in memory at once; 0 takes about 4,096 tokens.
+        top: how many helpful and harmful examples are returned.
+        metric: what the user gave as --metric; without it no file of a custom metric is run.
+    """
+
+    data: str
+    out: Path
+    prompts: str = ""
+    limit: int = 0
+    keep: Keep = "start"
+    train_on: TrainOn = "auto"
+    overwrite: bool = False
+    micro_batch: int = 0
+    top: int = 5
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,13 @@ class Attribution:
         metric: what Φ is, in words.
         value, value_before: Φ after and before the fine-tuning.
         measures: readable measures after it.
-        examples, inner_steps: N and T.
-        cut: examples that were cut to the longest length.
-        precision_error: relative error of the first step's token scores in bf16, None in float32.
+        examples, inner_steps: N (those with something to train on) and T.
+        data: how the rows were understood, see `data.prepared.Understood`.
         gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
-        helpful, harmful: the examples with the highest and the lowest scores.
+        epsilon: the same against ε, in words.
+        precision_error: relative error of the first step's token scores in bf16, None in float32.
         seconds, peak_memory_mb: of the process.
+        helpful, harmful: the examples with the highest and the lowest scores.
     """
 
     metric: str
@@ -79,114 +92,67 @@ class Attribution:
     measures: dict[str, float]
     examples: int
     inner_steps: int
-    cut: int
+    data: dict[str, Any]
     gradient_median: float
+    epsilon: str
     precision_error: float | None
     seconds: float
     peak_memory_mb: float | None
-    helpful: list[Ranked] = field(repr=False)
-    harmful: list[Ranked] = field(repr=False)
+    helpful: list[Scored] = field(repr=False)
+    harmful: list[Scored] = field(repr=False)
 
 
-def encode(
-    texts: Sequence[str], contexts: Sequence[str] | None, target: LanguageModel, limit: int, *, framed: bool = False
-) -> tuple[Examples, int]:
-    """Texts as fine-tuning reads them: beginning-of-sequence token, context, text, end of sequence.
+def read_rows(
+    config: Config, request: Request, on_stage: Callable[[str], None] = lambda name: None
+) -> tuple[LanguageModel, Prepared, RowEncoder]:
+    """The target, and the rows of a request as its tokens. The data is read first: what is wrong with it shows at once."""
+    on_stage("reading the data")
+    gathered = gather(request.data, contexts=request.prompts, limit=request.limit)
+    on_stage("loading the target")
+    target = load_target(config.models, pick_device(config.device))
+    encoder = RowEncoder(target, Encoding(config.inner.max_length, request.keep, request.train_on))
+    return target, prepare(gathered, encoder), encoder
 
-    Args:
-        texts: what is trained on.
-        contexts: what stands before each and is not trained on; None for nothing.
-        target: gives the tokeniser.
-        limit: longest sequence in tokens; longer ones lose their end. 0: the target's context.
-        framed: the texts have their beginning and end already, from a chat template.
 
-    Returns:
-        The examples, and how many were cut.
-
-    Raises:
-        UsageError: if no example has a token to train on.
-    """
-    longest = target.context or max(limit, 1 << 20)
-    longest = min(limit or longest, longest)
-    bos = [] if target.bos_id is None or framed else [target.bos_id]
-    eos = [] if framed else [target.eos_id]
-    rows, starts, cut = [], [], 0
-    for number, text in enumerate(texts):
-        before = [] if contexts is None else target.tokenizer(contexts[number], add_special_tokens=False)["input_ids"]
-        row = [*bos, *before, *target.tokenizer(text, add_special_tokens=False)["input_ids"], *eos]
-        cut += len(row) > longest
-        rows.append(row[:longest])
-        starts.append(max(1, len(bos) + len(before)))
-    padded = Examples.from_sequences(rows, pad_id=target.pad_id)
-    label = padded.attention_N_S & (torch.arange(padded.ids_N_S.shape[1]) >= torch.tensor(starts)[:, None])
-    if not label.any():
-        raise UsageError("No example has a token to train on.", "Raise --max-length, or look at the data.")
-    return Examples(padded.ids_N_S, padded.attention_N_S, label).to(target.head.device), cut
+def show(config: Config, request: Request, rows: int) -> tuple[Prepared, list[list[str]]]:
+    """The rows of a request, and the text of each token of the first ones; nothing is trained."""
+    target, found, _ = read_rows(config, request)
+    return found, [pieces(target, row.ids) for row in found.rows[:rows]]
 
 
 def attribute(
     config: Config,
-    data: str,
-    out: Path,
+    request: Request,
     *,
-    prompts: str = "",
-    limit: int = 0,
-    micro_batch: int = 0,
-    top: int = 5,
     on_stage: Callable[[str], None] = lambda name: None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Attribution:
     """Fine-tune the target once on the data, in a shuffled order, and write the metagradients of all examples.
 
     Args:
         config: models.target, metric, inner and seed are used.
-        data: a source of texts, see `sources`.
-        out: the parquet file.
-        prompts: a source of what stands before each text; empty for nothing.
-        limit: only the first so many examples; 0 takes all.
-        micro_batch: rows in memory at once; 0 takes about 4,096 tokens.
-        top: how many helpful and harmful examples are returned.
+        request: the data, and where the scores go.
+        on_stage, on_note: called with the name of each stage, and with what the user should know of the data.
+        on_progress: called as progress(phase, steps done, of how many).
 
     Raises:
-        UsageError: for whatever cannot be read or will not fit in memory.
+        UsageError: for whatever cannot be read or written, or will not fit in memory.
         DegenerateError: if the inner run diverges or a metagradient is not finite.
     """
-    started = time.perf_counter()
-    if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"The scores cannot be written to {out}: no such file place.", "Name a file with --out.")
-    on_stage("reading the data")
-    contexts: list[str] | None = None
-    conversations = None if prompts else read_conversations(data, KEYS, limit)
-    texts: list[str] = []
-    if conversations is None:
-        texts = list(open_texts(data, KEYS, split="train", what="examples", flag="DATA", limit=limit))
-    if prompts:
-        contexts = list(open_texts(prompts, CONTEXT_KEYS, split="train", what="prompts", flag="--prompts", limit=limit))
-        if len(contexts) != len(texts):
-            raise UsageError(
-                f"{data} has {len(texts):,} examples and {prompts} has {len(contexts):,} prompts.", "Give one for each."
-            )
-    on_stage("loading the target")
-    target = load_target(config.models, pick_device(config.device))
-    if conversations is not None:
-        texts, contexts = write_conversations(conversations, target)
-    metric = build_metric(config.metric, target)
-    examples, cut = encode(texts, contexts, target, config.inner.max_length, framed=conversations is not None)
-    rows = micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
-    inner = config.inner
-    steps = -(-len(examples) // inner.batch_size)
-    length, read = examples.ids_N_S.shape[1], getattr(metric, "tokens_read", 0)
-    need = Need.of(target, steps, min(rows, inner.batch_size), length, inner.states, inner.batch_size, read)
-    check_memory(
-        need,
-        target.head.device,
-        states_flag="--memory ",
-        rows_flag="--micro-batch ",
-    )
+    started, inner = time.perf_counter(), config.inner
+    check_place(request.out, inputs(config, request), request.overwrite)
+    target, found, encoder = read_rows(config, request, on_stage)
+    examples = Examples(*found.tensors(encoder))
+    metric = build_metric(config.metric, target, request.metric)
+    for line in (found.understood.line(), *found.understood.notes(), *getattr(metric, "notes", ())):
+        on_note(line)
+    micro_batch = request.micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
+    require_memory(target, inner, examples, micro_batch, getattr(metric, "tokens_read", 0))
+    on_stage("fine-tuning and attributing")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))
     place = order.to(examples.ids_N_S.device)
     shuffled = Examples(examples.ids_N_S[place], examples.attention_N_S[place], examples.label_N_S[place])
-    on_stage("fine-tuning and attributing")
     with quiet_transformers():  # it would warn of pads without a mask; a causal model needs none
         with torch.no_grad():
             before = float(metric(dict(target.model.named_parameters()), target.model))
@@ -197,27 +163,19 @@ def attribute(
             metric,
             batch_size=inner.batch_size,
             normalization=inner.normalization,
-            micro_batch=rows,
+            micro_batch=micro_batch,
             memory=inner.states,
             precision=inner.precision,
             progress=on_progress,
         )
-    back = torch.argsort(order)
-    token_N_S = result.token_N_S.cpu()[back]
-    example_N = result.example_N.cpu()[back]
     on_stage("writing the scores")
-    write_scores(out, texts, examples, target, example_N, token_N_S)
-    ranking = example_N.argsort(descending=True).tolist()
-
-    def ranked(places: list[int]) -> list[Ranked]:
-        found = []
-        for number in places:
-            ids = examples.ids_N_S[number][examples.attention_N_S[number]].tolist()
-            scores = token_N_S[number][: len(ids)].tolist()
-            found.append(Ranked(number, float(example_N[number]), pieces(target, ids), scores))
-        return found
-
-    top = min(top, len(ranking))
+    back = torch.argsort(order)
+    scores = Scores(found, target, result.example_N.cpu()[back], result.token_N_S.cpu()[back])
+    steps = -(-len(examples) // inner.batch_size)
+    record = {**how_made(config, found, target, before, result), "about": metric.describe(), "inner_steps": steps}
+    write_scores(request.out, scores.rows(), record)
+    ranking = scores.example_N.argsort(descending=True).tolist()
+    top = min(request.top, len(ranking))
     return Attribution(
         metric=metric.describe(),
         value=result.value,
@@ -225,14 +183,103 @@ def attribute(
         measures=result.measures,
         examples=len(examples),
         inner_steps=steps,
-        cut=cut,
+        data=found.understood.as_dict(),
         gradient_median=result.gradient_median,
+        epsilon=against_gradient(inner, result.gradient_median),
         precision_error=result.stats.get("precision_error"),
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(),
-        helpful=ranked(ranking[:top]),
-        harmful=ranked(ranking[::-1][:top]),
+        helpful=[scores.trained(number) for number in ranking[:top]],
+        harmful=[scores.trained(number) for number in ranking[::-1][:top]],
     )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metagradients of the rows that were trained on, (N,) and (N, S), with all rows of the data."""
+
+    found: Prepared
+    target: LanguageModel
+    example_N: torch.Tensor
+    token_N_S: torch.Tensor
+
+    def rows(self) -> Iterator[Scored]:
+        """All rows that are not empty; one that had nothing to train on has scores of 0."""
+        number = {place: n for n, place in enumerate(self.found.trained)}
+        return (self._scored(place, number.get(place)) for place in range(len(self.found.rows)))
+
+    def trained(self, number: int) -> Scored:
+        """The n-th row that was trained on."""
+        return self._scored(self.found.trained[number], number)
+
+    def _scored(self, place: int, number: int | None) -> Scored:
+        row = self.found.rows[place]
+        scores = [0.0] * len(row.ids) if number is None else self.token_N_S[number][: len(row.ids)].tolist()
+        score = 0.0 if number is None else float(self.example_N[number])
+        return Scored(self.found.numbers[place], score, row, pieces(self.target, row.ids), scores)
+
+
+def inputs(config: Config, request: Request) -> list[Path]:
+    """Files and folders that are read, none of which scores may be written onto."""
+    named = [request.data, request.prompts]
+    if isinstance(config.metric, TextLossOptions):
+        named.append(config.metric.file.replace("{language}", config.metric.language))
+    if isinstance(config.metric, CustomOptions):
+        named += [config.metric.path, *(value for value in config.metric.options.values() if isinstance(value, str))]
+    return [path for name in named for path in files_of(name)]
+
+
+def require_memory(
+    target: LanguageModel, inner: InnerConfig, examples: Examples, micro_batch: int, tokens_read: int
+) -> None:
+    """Refuse what will not fit.
+
+    Raises:
+        UsageError: naming the flag that would make it fit.
+    """
+    steps, length = -(-len(examples) // inner.batch_size), examples.ids_N_S.shape[1]
+    rows = min(micro_batch, inner.batch_size)
+    need = Need.of(target, steps, rows, length, inner.states, inner.batch_size, tokens_read)
+    check_memory(need, target.head.device, states_flag="--memory ", rows_flag="--micro-batch ")
+
+
+def how_made(
+    config: Config, found: Prepared, target: LanguageModel, before: float, result: Metagradient
+) -> dict[str, Any]:
+    """How scores were made: everything that another attribution must have in common with it to be compared."""
+    rows = hashlib.sha256()
+    for row in found.rows:
+        rows.update(json.dumps([row.ids, [int(bit) for bit in row.label]]).encode())
+    return {
+        "dpg": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seed": config.seed,
+        "phi_before": before,
+        "phi": result.value,
+        "measures": result.measures,
+        "gradient_median": result.gradient_median,
+        "recipe": config.inner.model_dump(mode="json"),
+        "metric": config.metric.model_dump(mode="json"),
+        "data": found.understood.as_dict(),
+        "examples_sha256": rows.hexdigest(),
+        "target": {**config.models.model_dump(mode="json", include={"target", "target_init", "init_seed"})},
+        "fingerprint": fingerprint(target),
+    }
+
+
+def against_gradient(inner: InnerConfig, median: float) -> str:
+    """ε against the gradients of the first step, on one line."""
+    if inner.optimizer != "adamw":
+        return f"median |g| of the first step {median:.1e}; {inner.optimizer} is linear in it."
+    floor = inner.eps + inner.eps_root**0.5
+    answers = floor / (floor + median) if floor + median else 1.0
+    said = (
+        f"median |g| of the first step {median:.1e}, ε {floor:.1e}: an update answers to its gradient by {answers:.0%}"
+    )
+    if answers >= 0.1:
+        return f"{said}."
+    return f"{said}; AdamW is nearly sign(g), and scores fade. Try --set inner.eps={median:.0e}."
 
 
 def pieces(target: LanguageModel, ids: list[int]) -> list[str]:
@@ -240,26 +287,9 @@ def pieces(target: LanguageModel, ids: list[int]) -> list[str]:
     return [target.tokenizer.decode([token]) for token in ids]
 
 
-def write_scores(
-    path: Path,
-    texts: Sequence[str],
-    examples: Examples,
-    target: LanguageModel,
-    example_N: torch.Tensor,
-    token_N_S: torch.Tensor,
-) -> None:
-    """One row an example, in the order of the data, a thousand rows at a time."""
-    lengths = examples.attention_N_S.sum(1).tolist()
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-        for start in range(0, len(texts), 1000):
-            rows = range(start, min(start + 1000, len(texts)))
-            ids = [examples.ids_N_S[row, : lengths[row]].tolist() for row in rows]
-            columns = {
-                "example_id": list(rows),
-                "text": [texts[row] for row in rows],
-                "score": example_N[start : rows.stop].double().tolist(),
-                "token_ids": ids,
-                "tokens": [pieces(target, row) for row in ids],
-                "token_scores": [token_N_S[row, : lengths[row]].tolist() for row in rows],
-            }
-            writer.write_table(pa.table(columns, schema=SCHEMA))
+def as_json(result: Attribution) -> dict[str, Any]:
+    """A result for JSON."""
+    data = asdict(result)
+    for side in ("helpful", "harmful"):
+        data[side] = [row.as_row() for row in getattr(result, side)]
+    return data

@@ -5,6 +5,7 @@ Not here: anything that a library user would want; each command is a module of `
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -18,6 +19,9 @@ def main() -> None:
     """Entry point of `dpg`: runs the command and maps what it raises to one line on stderr and an exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep instead of spinning: other work goes on
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is shown as "?", and ends nothing
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

@@ -106,6 +106,8 @@ class RunDisplay:
             f"         {built.players.metric.describe()}; target {target.name} ({target.parameter_count:,} parameters, "
             f"{config.models.target_init}); generator {generator.name} ({generator.parameter_count:,})"
         )
+        for line in built.notes:
+            self.console.print(Text(f"         {one_line(line)}"))
         if not built.tokenizers.shared:
             self.console.print(f"         {built.tokenizers.as_text()}")
         self.console.print(

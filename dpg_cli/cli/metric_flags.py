@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from dpg_cli.errors import UsageError
+from dpg_cli.errors import UsageError, suggestion
 
 FREQUENT = "frequent"  # as `settings/metric_options.py` has it
 FLAGS = {  # setting of the metric -> (flag, metric); settings that are not listed are checked by the settings alone
@@ -74,6 +74,21 @@ def custom_settings(named: str | None) -> dict[str, str]:
 
     reference = parse_reference(named)
     return {"path": str(reference), "sha256": digest(reference)}
+
+
+def require_metric(name: str) -> None:
+    """Refuse the name of a metric that is neither built in nor installed.
+
+    Raises:
+        UsageError: naming the nearest.
+    """
+    from dpg_cli.metrics.custom import installed
+    from dpg_cli.settings.config import METRIC_NAMES
+
+    known = [point.name for point in installed()]
+    if name not in known:
+        built_in = [other for other in METRIC_NAMES if other != "custom"]
+        raise UsageError(f"There is no metric {name!r}.", suggestion(name, [*built_in, *known], "Metrics"))
 
 
 def note_change(recorded: dict[str, Any], given: dict[str, Any]) -> None:

@@ -109,11 +109,12 @@ def follow(ranks: Ranks, named_metric: str | None = None) -> None:
     if known is None:  # the run is finished
         return
     stop = StopRequest()
-    remedy = f"Go on with: {command('resume', known['folder'], validate(known['config']))}"
+    config = validate(known["config"])
+    remedy = f"Go on with: {command('resume', known['folder'], config)}"
     launch.advise(remedy)
     try:
         with stopping(stop, lambda text: None):
-            assist(validate(known["config"]), known["folder"], ranks, stop, named_metric)
+            assist(config, known["folder"], ranks, stop, named_metric)
     except KeyboardInterrupt:
         raise InterruptedRunError("Left at once.", remedy) from None
     except LostProcessError as error:

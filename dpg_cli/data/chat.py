@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
+from dpg_cli.data.conversations import FAILURES, ChatTemplate
 from dpg_cli.errors import UsageError
-from dpg_cli.models.template import render
 
 PLACE = "{text}"  # where an instruction takes the prompt
 
@@ -34,12 +32,20 @@ class PromptFormat:
     instruction: str = ""
     max_tokens: int = 0
 
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template asks for today's date, and is given a fixed one."""
+        return self.chat and ChatTemplate(self.tokenizer, "").dated
+
     def write(self, prompts: list[str]) -> list[str]:
         """What the generator reads, as text."""
         texts = self._cut(prompts) if self.max_tokens else prompts
         if self.instruction:
             texts = [self.instruction.replace(PLACE, text) for text in texts]
-        return [render(self.tokenizer, text) for text in texts] if self.chat else texts
+        if not self.chat:
+            return texts
+        template = ChatTemplate(self.tokenizer, "the generator")
+        return [template.render([{"role": "user", "content": text}], open_turn=True) for text in texts]
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt.
@@ -89,8 +95,8 @@ def prompt_format(tokenizer: Any, name: str, chat: str, instruction: str, max_to
     wrap = chat == "always" or (chat == "auto" and has)
     if wrap:
         try:
-            render(tokenizer, "x")
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            ChatTemplate(tokenizer, name).render([{"role": "user", "content": "x"}], open_turn=True)
+        except FAILURES as error:
             raise UsageError(
                 f"The chat template of {name!r} fails on a single user message: {str(error)[:200]}.",
                 "--set prompts.chat=never leaves it out.",

@@ -11,13 +11,13 @@ from functools import cached_property
 from typing import Literal
 
 from dpg_cli import prose
-from dpg_cli.data.sources import open_texts
-from dpg_cli.data.texts import ListedTexts, Part, Texts
+from dpg_cli.data.shapes import prompt_reader
+from dpg_cli.data.sources import open_rows, parse
+from dpg_cli.data.texts import ListedTexts, Part, RowTexts, Texts
 from dpg_cli.errors import UsageError
 from dpg_cli.tiny import world
 
 TINY_PROMPTS = 4096
-KEYS = ("prompt", "text")  # columns to look for where a source names none
 PROBED = 1024  # texts that tell one pool of prompts from another
 
 
@@ -42,7 +42,10 @@ def load_prompts(
         return prose.prompts(split)
     if source == "empty":
         return [""]
-    texts = open_texts(source, KEYS, split="train", what="prompts", flag="--prompts tiny, prose, empty,", limit=limit)
+    rows = open_rows(source, split="train", what="prompts", flag="--prompts tiny, prose, empty,", limit=limit)
+    texts = RowTexts(rows, *prompt_reader(rows, parse(source).column))
+    if not len(texts):
+        raise UsageError(f"The prompts {source} are all blank.", "Give at least one.")
     if not holdout:
         return texts
     if holdout >= len(texts):

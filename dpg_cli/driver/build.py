@@ -32,6 +32,7 @@ from dpg_cli.models.loading import (
     redraw_target,
     same_tokenizer,
 )
+from dpg_cli.models.template import DATE
 from dpg_cli.rewards import build_text_reward
 from dpg_cli.settings.config import Config, ModelsConfig
 from dpg_cli.tiny import world
@@ -60,6 +61,18 @@ class Built:
     tokenizers: Agreement
     config: Config
     prospect: Prospect | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """How the user's own prompts and held-out texts were understood, a line each."""
+        form = self.spec.sampling.prompts
+        prompts = getattr(self.prompts.prompts, "about", "")
+        dated = form is not None and form.dated
+        return [
+            *([prompts] if prompts else []),
+            *getattr(self.players.metric, "notes", ()),
+            *([f"the chat template asks for today's date and is given {DATE}"] if dated else []),
+        ]
 
 
 def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE) -> Built:

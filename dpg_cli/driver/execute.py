@@ -167,6 +167,7 @@ def begun(
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
     journal.data["fingerprints"] = fingerprints(built)
+    journal.data["data"] = built.notes
     describe(folder, built, journal)
     return journal
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpg_cli.errors import UsageError, suggestion
+from dpg_cli.escape import pasted
 
 GROUP = "dpg.metrics"
 MODULE = "dpg_user_metric"
@@ -100,7 +101,9 @@ def _defined(path: Path) -> str:
     kinds = (ast.ClassDef, ast.FunctionDef)
     names = [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
     return (
-        f"Give --metric {path}:NAME with one of: {', '.join(names)}." if names else "It defines no class or function."
+        f"Give one of: {', '.join(f'--metric {pasted(str(path))}:{name}' for name in names)}"
+        if names
+        else "It defines no class or function."
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpg_cli import prose
+from dpg_cli.data.examples import Encoding, RowEncoder
 from dpg_cli.data.harness import PREFIX, task_documents
-from dpg_cli.data.sources import open_texts
+from dpg_cli.data.prepared import Prepared, gather, gathered_items, prepare
+from dpg_cli.data.shapes import Text, trained_text
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import TargetMetric
@@ -19,7 +21,7 @@ from dpg_cli.patterns.pattern import Pattern, pattern_from_image, pattern_from_r
 from dpg_cli.settings.config import FRESH, CustomOptions, MetricOptions, NormOptions, PatternOptions, TextLossOptions
 from dpg_cli.tiny import world
 
-KEYS = ("text", "prompt")  # columns of held-out texts to look for where a source names none
+HELD_OUT = {"split": "test", "what": "texts", "flag": "--eval-text"}
 
 
 def build_metric(options: MetricOptions, target: LanguageModel, named: str | None = None) -> TargetMetric:
@@ -40,8 +42,7 @@ def build_metric(options: MetricOptions, target: LanguageModel, named: str | Non
         return NormMetric(target.model, options.parameter)
     if isinstance(options, CustomOptions):
         return build_custom(options, target, named)
-    texts, about = held_out(options)
-    return TextLossMetric(target.model, encode(texts, target), about)
+    return text_loss(options, target)
 
 
 def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
@@ -62,8 +63,30 @@ def make_pattern(options: PatternOptions, head: tuple[int, int]) -> Pattern:
     return pattern_from_text(options.text, version=options.version, error_correction=options.error_correction)
 
 
+def text_loss(options: TextLossOptions, target: LanguageModel) -> TextLossMetric:
+    """The metric of held-out documents: the user's own as stock fine-tuning reads them, others after a beginning of sequence.
+
+    Raises:
+        UsageError: if they cannot be read, have nothing that counts, or are longer than the target's context.
+    """
+    if not options.file:
+        texts, about = held_out(options)
+        return TextLossMetric(target.model, encode(texts, target), about)
+    source, encoder = _source(options), RowEncoder(target)
+    if source.startswith(PREFIX):
+        items = [Text(text) for text in task_documents(source.removeprefix(PREFIX), options.documents)]
+        gathered = gathered_items(items, source)
+    else:
+        gathered = gather(source, limit=options.documents, **HELD_OUT)
+    found = prepare(gathered, encoder)
+    require_room(found, target)
+    metric = TextLossMetric(target.model, Examples(*found.tensors(encoder)), _about(len(found.rows), source))
+    metric.notes = (found.understood.line(), *found.understood.notes())
+    return metric
+
+
 def held_out(options: TextLossOptions) -> tuple[list[str], str]:
-    """The documents of a text-loss metric, and what they are in words.
+    """The documents of a text-loss metric as texts (of rows, what is trained on), and what they are in words.
 
     Raises:
         UsageError: if they cannot be read, or a fresh UUID has not been drawn yet.
@@ -78,29 +101,47 @@ def held_out(options: TextLossOptions) -> tuple[list[str], str]:
     if options.file == "prose":
         texts = prose.heldout(min(options.documents, len(prose.heldout())))
         return texts, f"{len(texts)} held-out passages of prose"
-    source = options.file.replace("{language}", options.language)
+    source = _source(options)
     if source.startswith(PREFIX):
         texts = task_documents(source.removeprefix(PREFIX), options.documents)
     else:
-        pool = open_texts(source, KEYS, split="test", what="texts", flag="--eval-text", limit=options.documents)
-        texts = [text for text in pool if text.strip()]
+        found = gather(source, limit=options.documents, **HELD_OUT)
+        texts = [trained_text(item) for _, item in found.items]
+        texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(f"The texts {source} are all blank.", "Give at least one document.")
-    return texts, f"{len(texts)} documents of {source.rstrip('/').rpartition('/')[2]}"
+    return texts, _about(len(texts), source)
+
+
+def _source(options: TextLossOptions) -> str:
+    return options.file.replace("{language}", options.language)
+
+
+def _about(count: int, source: str) -> str:
+    return f"{count} documents of {source.rstrip('/').rpartition('/')[2]}"
 
 
 def encode(texts: list[str], target: LanguageModel) -> Examples:
-    """Documents as the target reads them: beginning-of-sequence token where it has one, text, end of sequence.
+    """Texts of ours as the target reads them: beginning-of-sequence token where it has one, text, end of sequence.
 
     Raises:
-        UsageError: if a document is longer than the target's context.
+        UsageError: if one is longer than the target's context.
     """
-    bos = [] if target.bos_id is None else [target.bos_id]
-    rows = [[*bos, *target.tokenizer(text, add_special_tokens=False)["input_ids"], target.eos_id] for text in texts]
-    limit = target.context
-    longest = max(len(row) for row in rows)
-    if limit is not None and longest > limit:
+    encoder = RowEncoder(target, Encoding(begin=True))
+    found = prepare(gathered_items([Text(text) for text in texts], "the texts"), encoder)
+    require_room(found, target)
+    return Examples(*found.tensors(encoder))
+
+
+def require_room(found: Prepared, target: LanguageModel) -> None:
+    """Refuse held-out documents that the target cannot read whole.
+
+    Raises:
+        UsageError: naming the longest and the context.
+    """
+    longest = max(len(row.ids) + row.cut for row in found.rows)
+    if longest > (target.context or longest):
         raise UsageError(
-            f"A held-out document has {longest} tokens; the target {target.name!r} reads {limit}.", "Give shorter ones."
+            f"A held-out document has {longest} tokens; the target {target.name!r} reads {target.context}.",
+            "Give shorter ones.",
         )
-    return Examples.from_sequences(rows).to(target.head.device)

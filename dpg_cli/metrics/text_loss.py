@@ -94,6 +94,7 @@ class TextLossMetric(HeadChange):
         super().__init__(model)
         self.documents = documents
         self.about = about
+        self.notes: tuple[str, ...] = ()  # how the documents were understood
         self.tokens_read = documents.ids_N_S.numel()
         self.pieces: tuple[Head | None, list[Examples]] | None = None
 

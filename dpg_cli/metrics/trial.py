@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpg_cli.errors import DpgError, UsageError
+from dpg_cli.escape import pasted
 from dpg_cli.metrics import custom
 from dpg_cli.metrics.custom import Factory, Reference
 from dpg_cli.models.loading import LanguageModel
@@ -109,7 +110,7 @@ def choose(options: CustomOptions, named: str | None) -> Reference:
         if reference.file is not None:
             raise UsageError(
                 f"These settings name the metric file {reference}; a file is never run on the word of settings.",
-                f"If you trust it, name it yourself: --metric {reference}.",
+                f"If you trust it, name it yourself: --metric {pasted(str(reference))}",
             )
         return reference
     reference = custom.parse_reference(named)
@@ -137,7 +138,7 @@ def build_custom(options: CustomOptions, target: LanguageModel, named: str | Non
         raise UsageError(
             f"{reference} is not the file that these settings were made with: its sha256 begins with "
             f"{factory.sha256[:12] or '(none)'}, the recorded one with {options.sha256[:12]}.",
-            f"Restore it, or read and name the copy in the run folder: --metric RUN/metric.py:{reference.name}.",
+            f"Restore it, or read and name the copy in the run folder: --metric RUN/metric.py:{reference.name}",
         )
     custom.check_call(factory, target, options.options)
     made = UserMetric(None, factory)

@@ -28,6 +28,8 @@ EFFICIENCY = (
     0.33  # of a large product's rate that these passes reach: between 0.20 and 0.49 on the tiny scale, docs/scaling.md
 )
 
+ROUGH = "times are right to a factor of 2 either way, memory to a fifth, as far as measured (docs/scaling.md: CPU)"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -43,11 +45,8 @@ class Cost:
         flops_per_step: floating-point operations an outer step, of all processes.
         memory_mb: peak memory of each process: models, states, activations and credits.
         seconds_per_step, seconds: of an outer step and of the run.
-<<<<<<< HEAD
         notes: what the engine chose for the target, a sentence each.
-=======
         prospect: the least KL of a pattern, where natural steps or a margin ask for it.
->>>>>>> natural
     """
 
     effect: str
@@ -62,11 +61,8 @@ class Cost:
     memory_mb: float
     seconds_per_step: float
     seconds: float
-<<<<<<< HEAD
     notes: tuple[str, ...] = ()
-=======
     prospect: Prospect | None = None
->>>>>>> natural
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +79,8 @@ class Cost:
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n{notes}"
             f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
-            f"{self.seconds / 60:.1f} min in all" + ("" if self.prospect is None else f"\n# {self.prospect.line()}")
+            f"{self.seconds / 60:.1f} min in all; {ROUGH}"
+            + ("" if self.prospect is None else f"\n# {self.prospect.line()}")
         )
 
 
@@ -128,11 +125,8 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
         (BASE_BYTES + predicted.bytes) / 1e6,
         predicted.seconds,
         predicted.seconds * config.steps,
-<<<<<<< HEAD
         notes,
-=======
         built.prospect,
->>>>>>> natural
     )
 
 

@@ -24,6 +24,7 @@ from dpg_cli.report.gather import Facts
 from dpg_cli.report.reading import reading
 from dpg_cli.report.samples import SHADES, Row, Sample
 from dpg_cli.report.text import visible
+from dpg_cli.runs.commands import command
 
 _HERE = Path(__file__).parent
 PER_PAGE = 10  # examples
@@ -113,7 +114,7 @@ def embedded(sample: Sample | None) -> str:
 
 def state(facts: Facts) -> dict[str, str]:
     """The verdict in words: `kind` (good, bad, open), `title`, `text`."""
-    run = shlex.quote(facts.path)
+    verify = command("verify", facts.path, metric=metric_file(facts))
     done, steps = len(facts.rows), facts.setting("steps", "?")
     if not facts.finished:
         text = f"{done} of {steps} outer steps are logged. Nothing below is a result yet."
@@ -124,9 +125,9 @@ def state(facts: Facts) -> dict[str, str]:
             "The figures below are the engine's own. That command confirms or refutes them by stock PyTorch alone, with the "
             "untrained generator's data as control."
         )
-        return {"kind": "open", "title": f"Not verified yet: dpg verify {run}", "text": text}
+        return {"kind": "open", "title": f"Not verified yet: {verify}", "text": text}
     if not verdict.current:
-        text = f"The dataset has changed since it was verified ({verdict.when}). Verify it again: dpg verify {run}"
+        text = f"The dataset has changed since it was verified ({verdict.when}). Verify it again: {verify}"
         return {"kind": "open", "title": "Not verified: the verdict is of another dataset", "text": text}
     if verdict.verified:
         text = (
@@ -198,18 +199,24 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
     return pairs
 
 
+def metric_file(facts: Facts) -> str:
+    """The file of a custom metric, which every command must be given again; empty for any other metric."""
+    path = str(facts.setting("metric.path", ""))
+    return path if ".py:" in path else ""
+
+
 def repeat(facts: Facts) -> list[tuple[str, str]]:
     """Commands, as (what for, command)."""
-    run = shlex.quote(facts.path)
+    again = shlex.join(["--metric", metric_file(facts)]) + " " if metric_file(facts) else ""
     lines = [
         (
             "Run it again with the same settings",
-            f"dpg run --config {shlex.quote(facts.path + '/config.toml')} --out again",
+            f"dpg run --config {shlex.quote(facts.path + '/config.toml')} {again}--out again",
         )
     ]
     if facts.finished:
-        lines.append(("Check the effect by stock PyTorch", f"dpg verify {run}"))
-    lines.append(("Write this page anew", f"dpg report {run}"))
+        lines.append(("Check the effect by stock PyTorch", command("verify", facts.path, metric=metric_file(facts))))
+    lines.append(("Write this page anew", command("report", facts.path)))
     if facts.command:
         lines.insert(0, ("The command of this run", facts.command))
     return lines

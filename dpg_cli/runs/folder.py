@@ -16,7 +16,7 @@ from dpg_cli.runs.commands import command
 from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
 from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, validate
 
-__all__ = ["RunFolder", "replacing", "resolve_paths", "write_json", "write_text"]
+__all__ = ["RunFolder", "command", "replacing", "resolve_paths", "write_json", "write_text"]
 
 OWN_PROMPTS = ("tiny", "prose", "empty")  # sources that are no paths
 OWN_TEXTS = ("prose",)  # held-out texts that are none

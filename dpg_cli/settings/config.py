@@ -257,6 +257,12 @@ class Config(Section):
         """Inner runs that an outer step's completions are attributed in."""
         return self.attribution.inner_runs or (1 if self.attribution.cross_group else self.rollout.group_size)
 
+    @property
+    def metric_file(self) -> str:
+        """`FILE.py:Name` of a custom metric, which every command must be given again; empty for any other metric."""
+        path = self.metric.path if isinstance(self.metric, CustomOptions) else ""
+        return path if ".py:" in path else ""
+
     @model_validator(mode="after")
     def _attributable(self) -> Config:
         """Combinations of attribution, credit and metric that have no meaning."""

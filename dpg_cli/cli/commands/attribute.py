@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from dpg_cli.errors import UsageError
+from dpg_cli.cli.metric_flags import custom_settings, require_metric
+from dpg_cli.cli.tokens import mask_legend, masked_tokens, scored_tokens, shows_unicode
+from dpg_cli.errors import UsageError, one_line, suggestion
+from dpg_cli.escape import printable
 
 if TYPE_CHECKING:
-    from dpg_cli.attribution.attribute import Attribution, Ranked
+    from dpg_cli.attribution.attribute import Attribution, Request
+    from dpg_cli.settings.config import Config
 
 PLAIN_SECONDS = 10.0  # between two plain lines of progress
 
@@ -27,20 +30,35 @@ def attribute(
     data: Annotated[
         str,
         typer.Argument(
-            help="Your examples: a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset; "
-            "rows with `messages` in a JSONL or parquet file are read through the target's chat template."
+            help="Your examples: a file (text, JSON, CSV, TSV, parquet; .gz, .zst, a pipe), a datasets folder (FOLDER#SPLIT) or a "
+            "hub dataset; rows of text, prompt + completion, messages, or instruction + output; :COLUMN names one. docs/data.md."
         ),
     ],
     target: Annotated[str, typer.Option(help="The model to fine-tune: a folder, a hub name, tiny or prose.")] = "tiny",
-    metric: Annotated[str, typer.Option(help="text-loss, pattern or norm.")] = "text-loss",
+    metric: Annotated[
+        str,
+        typer.Option(help="text-loss, pattern, norm; or your own: FILE.py:Name, which is run, or an installed one."),
+    ] = "text-loss",
     language: Annotated[
         str | None, typer.Option(help="text-loss on held-out sentences of the embedded world: en, es, de, fr or it.")
     ] = None,
     eval_text: Annotated[str | None, typer.Option(help="text-loss on these held-out texts: a source as DATA.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.parquet"),
+    out: Annotated[
+        Path, typer.Option(help="Where the scores go: a name that ends in .parquet, .jsonl or .csv.")
+    ] = Path("scores.parquet"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier scores.")] = False,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print the first so many rows as tokens, with what is trained on, and stop.")
+    ] = 0,
     prompts: Annotated[
-        str, typer.Option(help="What stands before each example and is not trained on: a source of as many texts.")
+        str, typer.Option(help="What stands before each example and is not trained on: a source of as many rows.")
     ] = "",
+    train_on: Annotated[
+        str,
+        typer.Option(
+            help="auto: a text, a completion, the assistant's turns; last: the last of those turns; all: everything."
+        ),
+    ] = "auto",
     memory: Annotated[
         str | None, typer.Option(help="States of the fine-tuning: keep, sqrt (recompute) or offload (to disk).")
     ] = None,
@@ -51,14 +69,15 @@ def attribute(
         str | None, typer.Option(help="float32, or bf16: linear maps in bfloat16, all else in float32.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut examples to so many tokens.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Only the first so many examples; 0 takes all.")] = 0,
+    keep: Annotated[str, typer.Option(help="Which end of a longer example stays: start or end.")] = "start",
+    limit: Annotated[int, typer.Option(min=0, help="Only the first so many rows; 0 takes all.")] = 0,
     top: Annotated[int, typer.Option(min=0, help="Rows of the tables.")] = 5,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example inner.lr=1e-5 or metric.documents=64.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which the examples are trained on.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fine-tune the target on your data once, and give the exact derivative of the metric by each example and token.
 
@@ -66,23 +85,18 @@ def attribute(
 
     Examples:
 
-        dpg attribute sft.jsonl:completion --prompts sft.jsonl:prompt --target ./model --eval-text heldout.txt
+        dpg attribute sft.jsonl --show 3
 
-        dpg attribute chats.jsonl:messages --target ./instruct-model --eval-text heldout.txt --memory sqrt
+        dpg attribute sft.jsonl --target ./model --eval-text heldout.jsonl --out scores.parquet
+
+        dpg attribute chats.parquet:messages --target ./instruct-model --eval-text heldout.txt --memory sqrt
 
         dpg attribute notes.txt --language es --set inner.lr=1e-5
     """
-    from dpg_cli.attribution.attribute import DEFAULTS
+    from dpg_cli.attribution.attribute import Request, as_json
     from dpg_cli.attribution.attribute import attribute as run_attribution
-    from dpg_cli.settings.presets import merge, resolve
 
-    options: dict[str, Any] = {"name": metric}
-    if language is not None:
-        options["language"] = language
-    if eval_text is not None:
-        options["file"] = eval_text
-    if metric == "text-loss" and not (language or eval_text) and not any("metric." in text for text in overrides or []):
-        raise UsageError("There is no held-out text to measure on.", "Give --eval-text or --language.")
+    options = _metric(metric, language, eval_text, overrides or [], bool(show))
     inner = {"states": memory, "max_length": max_length, "precision": precision}
     flags = {
         "seed": seed,
@@ -91,23 +105,71 @@ def attribute(
         "metric": options,
         "inner": {key: value for key, value in inner.items() if value is not None},
     }
-    config = resolve(merge(DEFAULTS, {"metric": {"name": metric}}), overrides or [], flags)
+    config = _settings(flags, overrides or [])
+    request = Request(
+        data=data,
+        out=out,
+        prompts=prompts,
+        limit=limit,
+        keep=_choice("--keep", keep, ("start", "end")),  # type: ignore[arg-type]
+        train_on=_choice("--train-on", train_on, ("auto", "last", "all")),  # type: ignore[arg-type]
+        overwrite=overwrite,
+        micro_batch=micro_batch,
+        top=top,
+        metric=metric if options["name"] == "custom" else None,
+    )
+    if show:
+        _show_rows(config, request, show)
+        return
     with _Display() as display:
         result = run_attribution(
-            config,
-            data,
-            out,
-            prompts=prompts,
-            limit=limit,
-            micro_batch=micro_batch,
-            top=top,
-            on_stage=display.stage,
-            on_progress=display.progress,
+            config, request, on_stage=display.stage, on_note=display.note, on_progress=display.progress
         )
-    if as_json:
-        typer.echo(json.dumps({"scores": str(out), **asdict(result)}, indent=2, ensure_ascii=False))
+    if as_json_:
+        typer.echo(json.dumps({"scores": str(out), **as_json(result)}, indent=2, ensure_ascii=not shows_unicode()))
     else:
         _show(result, out)
+
+
+def _metric(
+    name: str, language: str | None, eval_text: str | None, overrides: list[str], showing: bool
+) -> dict[str, Any]:
+    """The metric's options. Where rows are only shown, any metric will do.
+
+    Raises:
+        UsageError: for flags that do not fit it.
+    """
+    from dpg_cli.settings.config import METRIC_NAMES
+
+    if showing:
+        return {"name": "norm"}
+    if name not in METRIC_NAMES and ".py" not in name:
+        require_metric(name)
+    options: dict[str, Any] = {"name": name} if name in METRIC_NAMES else {"name": "custom", **custom_settings(name)}
+    if options["name"] != "text-loss":
+        given = [flag for flag, value in (("--language", language), ("--eval-text", eval_text)) if value is not None]
+        if given:
+            raise UsageError(f"{given[0]} is for --metric text-loss, not for {name}.", "Leave it out.")
+        return options
+    options |= {} if language is None else {"language": language}
+    options |= {} if eval_text is None else {"file": eval_text}
+    if len(options) == 1 and not any("metric." in text for text in overrides):
+        raise UsageError("There is no held-out text to measure on.", "Give --eval-text or --language.")
+    return options
+
+
+def _settings(flags: dict[str, Any], overrides: list[str]) -> Config:
+    """The settings of an attribution."""
+    from dpg_cli.attribution.attribute import DEFAULTS
+    from dpg_cli.settings.presets import merge, resolve
+
+    return resolve(merge(DEFAULTS, {"metric": {"name": flags["metric"]["name"]}}), overrides, flags)
+
+
+def _choice(flag: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UsageError(f"{flag} {value} is no choice.", suggestion(value, known, "It takes"))
+    return value
 
 
 class _Display:
@@ -136,6 +198,10 @@ class _Display:
         """A stage begins."""
         self.console.print(f"{time.monotonic() - self.started:6.0f} s  {name}")
 
+    def note(self, line: str) -> None:
+        """Something to know of the data."""
+        self.console.print(Text(f"         {printable(line)}"))
+
     def progress(self, phase: str, done: int, total: int) -> None:
         """An inner step is done, forward or in reverse."""
         name = {"forward": "fine-tuning", "reverse": "attributing"}[phase]
@@ -146,17 +212,6 @@ class _Display:
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             self.console.print(f"{self.last_line - self.started:6.0f} s  {name}: step {done} of {total}")
-
-
-def coloured(example: Ranked) -> Text:
-    """The tokens of an example, green where they help and red where they harm, the stronger the farther from 0."""
-    largest = max((abs(score) for score in example.token_scores), default=0.0)
-    text = Text(overflow="fold")
-    for token, score in zip(example.tokens, example.token_scores, strict=True):
-        share = abs(score) / largest if largest else 0.0
-        style = "" if share < 0.1 else ("green" if score > 0 else "red") + (" bold" if share > 0.5 else "")
-        text.append(token.replace("\n", "\u2424"), style=style)
-    return text
 
 
 def _show(result: Attribution, out: Path) -> None:
@@ -170,16 +225,32 @@ def _show(result: Attribution, out: Path) -> None:
         table.add_column("score", justify="right")
         table.add_column("tokens")
         for row in rows:
-            table.add_row(str(row.example_id), f"{row.score:+.3e}", coloured(row))
+            table.add_row(str(row.example_id), f"{row.score:+.3e}", scored_tokens(row.tokens, row.token_scores))
         console.print(table)
         console.print()
     measures = ", ".join(f"{name} {value:.4g}" for name, value in result.measures.items())
-    console.print(f"Metric: {result.metric}. Φ {result.value_before:.4f} -> {result.value:.4f} ({measures}).")
-    if result.cut:
-        console.print(f"{result.cut:,} examples were cut to the longest length.")
+    lines = [
+        f"Metric: {result.metric}. Φ {result.value_before:.4f} -> {result.value:.4f} ({measures}).",
+        result.epsilon[0].upper() + result.epsilon[1:],
+    ]
     if result.precision_error is not None:
-        console.print(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
+        lines.append(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
     memory = "" if result.peak_memory_mb is None else f", {result.peak_memory_mb:,.0f} MB at the peak"
-    console.print(
-        f"{result.examples:,} examples in {result.inner_steps:,} steps, {result.seconds:.0f} s{memory}. Scores: {out}"
-    )
+    lines.append(f"{result.examples:,} examples in {result.inner_steps:,} steps, {result.seconds:.0f} s{memory}.")
+    lines.append(f"Scores: {out}; how they were made: {out}.json")
+    for line in lines:
+        typer.echo(one_line(line))
+
+
+def _show_rows(config: Config, request: Request, count: int) -> None:
+    """The first rows as tokens, on stdout."""
+    from dpg_cli.attribution.attribute import show
+
+    found, tokens = show(config, request, count)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in (found.understood.line(), *found.understood.notes(), mask_legend(console.is_terminal)):
+        typer.echo(one_line(line))
+    for number, row, texts in zip(found.numbers, found.rows, tokens, strict=False):
+        console.print()
+        console.print(Text(f"row {number}: {sum(row.label):,} of {len(row.ids):,} tokens count, {row.cut:,} cut away"))
+        console.print(masked_tokens(texts, row.label, console.is_terminal))

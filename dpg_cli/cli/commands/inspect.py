@@ -125,6 +125,12 @@ def _check_png(render: Path, path: Path, overwrite: bool) -> None:
         raise UsageError(f"The folder of {render} does not exist.", "Make it first.")
 
 
+def _metric_file(found: Look) -> str:
+    """The file of a run's custom metric, which `dpg verify` must be given again."""
+    path = str((found.settings or {}).get("metric", {}).get("path", ""))
+    return path if ".py:" in path else ""
+
+
 class _Printer:
     """Prints a `Look` for people."""
 
@@ -199,7 +205,8 @@ class _Printer:
             control = (status.control or {}).get(name)
             self.pair(name, f"{value:>14.6g}" + ("" if control is None else f"{control:>14.6g}"))
         unknown = "not yet" if status.verification is None else "the dataset is another now than was verified"
-        said = {None: f"{unknown}; see {command('verify', found.path)}", True: "yes", False: "no"}[status.verified]
+        see = command("verify", found.path, metric=_metric_file(found))
+        said = {None: f"{unknown}; see {see}", True: "yes", False: "no"}[status.verified]
         self.pair("verified", said)
         lines = (status.verification or {}).get("lines") if status.verified is not None else None
         for line in lines[:20] if isinstance(lines, list) else []:

@@ -8,10 +8,11 @@ credit is `sequence`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from dpg_cli.data.chat import PromptFormat
+from dpg_cli.data.conversations import dated
 from dpg_cli.data.prompts import PromptSampler
 from dpg_cli.driver.build import Built
 from dpg_cli.engine.detect import Watch, metric_before, refuse_nonfinite, weights_changed
@@ -203,6 +205,19 @@ class Follower:
         return True
 
 
+@contextlib.contextmanager
+def fixed_date(tokenizer: Any) -> Iterator[None]:
+    """While TRL writes the prompts, the chat template takes the day that ours takes for today."""
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, str):
+        tokenizer.chat_template = dated(own)
+    try:
+        yield
+    finally:
+        if isinstance(own, str):
+            tokenizer.chat_template = own
+
+
 def train(
     config: Config,
     built: Built,
@@ -262,5 +277,6 @@ def train(
             callbacks=[Told()],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with fixed_date(players.generator.tokenizer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     players.generator.model.eval()

@@ -1,4 +1,4 @@
-"""The rows of a dataset whose text is judged: token ids, prompts and texts from parquet or JSON lines.
+"""The rows of a dataset whose text is judged: token ids, prompts and texts of any source that `data/sources.py` opens.
 
 Large datasets are thinned to evenly spaced rows, of two datasets of one size the same ones: row n of the data and of its
 control share a prompt.
@@ -6,17 +6,14 @@ control share a prompt.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dpg_cli.data.sources import JSON_LINES, PARQUET, parse
+from dpg_cli.data.formats.base import Rows
+from dpg_cli.data.sources import open_rows, parse
 from dpg_cli.errors import UsageError
 
 MOST_ROWS = 16_384  # of each dataset
@@ -67,9 +64,9 @@ def read_pair(one: str, other: str, tokenize: Tokenize | None = None) -> tuple[S
     Raises:
         UsageError: in one line, for what cannot be read, holds no tokens, or too few rows.
     """
-    sides = []
-    for name, column in zip((one, other), _columns(one, other, tokenize is None), strict=True):
-        sides.append(_side(Path(parse(name).path).expanduser(), column, tokenize))
+    opened = [open_rows(name, split="train", what="rows", flag="dpg inspect dataset") for name in (one, other)]
+    columns = _columns([one, other], opened, tokenize is None)
+    sides = [_side(rows, column, tokenize) for rows, column in zip(opened, columns, strict=True)]
     return thinned(*sides)
 
 
@@ -88,12 +85,12 @@ def even(count: int, most: int) -> list[int]:
     return [place * count // kept for place in range(kept)]
 
 
-def _columns(one: str, other: str, ids: bool) -> list[str]:
+def _columns(names: list[str], opened: list[Rows], ids: bool) -> list[str]:
     """The column of each dataset: the one that its source names, or the first that there is in both."""
-    there = [_names(Path(parse(name).path).expanduser()) for name in (one, other)]
-    asked = [parse(name).column for name in (one, other)]
+    there = [rows.columns for rows in opened]
+    asked = [parse(name).column for name in names]
     wanted = ID_COLUMNS if ids else TEXT_COLUMNS
-    for name, columns, column in zip((one, other), there, asked, strict=True):
+    for name, columns, column in zip(names, there, asked, strict=True):
         if not any(key in columns for key in ([column] if column else wanted)):
             words = " or ".join(repr(key) for key in ([column] if column else wanted))
             remedy = (
@@ -109,34 +106,35 @@ def _columns(one: str, other: str, ids: bool) -> list[str]:
     ]
     if ids and found[0] != found[1]:
         raise UsageError(
-            f"The two have no column of token ids in common: {one} has {found[0]!r}, {other} has {found[1]!r}.",
+            f"The two have no column of token ids in common: {names[0]} has {found[0]!r}, {names[1]} has {found[1]!r}.",
             "Give --tokenizer MODEL, to compare texts.",
         )
     return found
 
 
-def _side(path: Path, column: str, tokenize: Tokenize | None) -> Side:
-    """The rows of a file."""
-    total, records = _records(path, [column, "text", "prompt"])
+def _side(rows: Rows, column: str, tokenize: Tokenize | None) -> Side:
+    """Evenly spaced rows of a source."""
+    rows.only([name for name in dict.fromkeys([column, "text", "prompt"]) if name in rows.columns])
+    chosen = even(len(rows), MOST_ROWS)
     numbers: list[int] = []
     values: list[Any] = []
     texts: list[str] = []
     prompts: list[Any] = []
-    for number, record in records:
+    for number, record in zip(chosen, rows.take(chosen), strict=True):
         value = record.get(column)
         good = _is_ids(value) if tokenize is None else _text(value) is not None
         if not good:
             kind = "token ids" if tokenize is None else "text"
-            raise UsageError(f"{path}, row {number + 1}: {column!r} holds no {kind}.", "Correct or leave out that row.")
+            raise rows.fault(number, f"{column!r} holds no {kind}")
         numbers.append(number)
         values.append(value)
         texts.append(_text(value if tokenize else record.get("text")) or "")
         prompts.append(record.get("prompt"))
     tokens = [np.array(row, dtype=np.int64) for row in (values if tokenize is None else tokenize(texts))]
     if not sum(map(len, tokens)):
-        raise UsageError(f"{path} has no tokens to compare.", "Name another file.")
+        raise UsageError(f"{rows.name} has no tokens to compare.", "Name another file.")
     known = all(isinstance(prompt, str) for prompt in prompts)
-    return Side(tokens, texts, prompts if known else None, numbers, total)
+    return Side(tokens, texts, prompts if known else None, numbers, len(rows))
 
 
 def _is_ids(value: Any) -> bool:
@@ -151,59 +149,3 @@ def _text(value: Any) -> str | None:
         said = [str(m.get("content", "")) for m in value if isinstance(m, dict) and m.get("role") == "assistant"]
         return "\n".join(said) if said else None
     return value if isinstance(value, str) else None
-
-
-def _names(path: Path) -> list[str]:
-    """The columns of a file.
-
-    Raises:
-        UsageError: if it is none that is known here.
-    """
-    remedy = "Give a .parquet or .jsonl file, or a run folder."
-    if path.suffix not in (*PARQUET, *JSON_LINES) or not path.is_file():
-        raise UsageError(f"{path} is no parquet or JSON-lines file.", remedy)
-    try:
-        if path.suffix in PARQUET:
-            return list(pq.read_schema(path).names)
-        with path.open(encoding="utf-8-sig") as file:
-            first = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read: {str(error)[:200].rstrip('.')}.", remedy) from None
-    if not isinstance(first, dict):
-        raise UsageError(f"{path} holds no JSON objects.", remedy)
-    return list(first)
-
-
-def _records(path: Path, columns: list[str]) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
-    """How many rows a file has, and evenly spaced ones with their numbers."""
-    try:
-        if path.suffix in PARQUET:
-            with pq.ParquetFile(path) as file:
-                total = file.metadata.num_rows
-        else:
-            with path.open(encoding="utf-8-sig") as lines:
-                total = sum(1 for line in lines if line.strip())
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read: {str(error)[:200].rstrip('.')}.", "Name another file.") from None
-    if not total:
-        raise UsageError(f"{path} has no rows.", "Name another file.")
-    chosen = set(even(total, MOST_ROWS))
-    return total, (pair for pair in enumerate(_walk(path, columns)) if pair[0] in chosen)
-
-
-def _walk(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row of a file, a batch in memory at a time."""
-    try:
-        if path.suffix in PARQUET:
-            with pq.ParquetFile(path) as file:
-                there = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
-                for batch in file.iter_batches(1024, columns=there, use_threads=False):
-                    yield from batch.to_pylist()
-            return
-        with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
-                if line.strip():
-                    row = json.loads(line)
-                    yield row if isinstance(row, dict) else {}
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read: {str(error)[:200].rstrip('.')}.", "Name another file.") from None

@@ -5,21 +5,24 @@ Accuracy is a step function: it has no useful derivative. The loss of the label'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from dpg_cli.engine.records import Examples
+from dpg_cli.data.examples import Encoding, RowEncoder
+from dpg_cli.data.prepared import gathered_items, prepare
+from dpg_cli.data.shapes import Pair, fault_of, sound
+from dpg_cli.data.sources import open_rows
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
 from dpg_cli.tiny.lexicon import TIMES
+
+NAMES = (("text", "prompt"), ("label", "completion"))  # columns of the text and of its label
 
 
 class LabelAccuracy(Metric):
@@ -27,9 +30,9 @@ class LabelAccuracy(Metric):
 
     Args:
         target: before fine-tuning.
-        file: JSON Lines with a `text` and a `label` string each; the label follows the text directly, so it usually begins
-            with a blank. By default sentences of the embedded world: one that has said its time in front ends at once,
-            one that has not must go on with " now.", and not with any other time.
+        file: any source of rows with a `text` (or `prompt`) and a `label` (or `completion`) each; the label follows the text
+            directly, so it usually begins with a blank. By default sentences of the embedded world: one that has said its
+            time in front ends at once, one that has not must go on with " now.", and not with any other time.
 
     Raises:
         UsageError: if the file is not of that form, or a text is too long for the target.
@@ -37,23 +40,13 @@ class LabelAccuracy(Metric):
 
     def __init__(self, target: LanguageModel, file: str = "") -> None:
         super().__init__(target)
-        pairs = read_pairs(Path(file).expanduser()) if file else world_pairs()
-        bos = [] if target.bos_id is None else [target.bos_id]
-        texts, labels = (
-            [target.tokenizer(pair[side], add_special_tokens=False)["input_ids"] for pair in pairs] for side in (0, 1)
-        )
-        rows = [[*bos, *text, *label] for text, label in zip(texts, labels, strict=True)]
-        limit = getattr(target.model.config, "max_position_embeddings", None)
-        longest = max(map(len, rows))
-        if limit is not None and longest > limit:
-            raise UsageError(f"A labelled text has {longest} tokens; the target reads {limit}.", "Shorten it.")
-        batch = Examples.from_sequences(rows)
-        places = torch.arange(longest)
-        ends = torch.tensor([len(row) for row in rows])
-        starts = ends - torch.tensor([len(label) for label in labels])
-        self.ids = batch.ids_N_S.to(target.head.device)
-        is_label = (places >= starts[:, None]) & (places < ends[:, None])
-        self.is_label = is_label.to(target.head.device)
+        encoder = RowEncoder(target, Encoding(begin=True, end=False))
+        found = prepare(gathered_items(read_pairs(file) if file else world_pairs(), file or "the texts"), encoder)
+        if found.understood.cut:
+            longest = max(len(row.ids) + row.cut for row in found.rows)
+            raise UsageError(f"A labelled text has {longest} tokens; the target reads {target.context}.", "Shorten it.")
+        ids_N_S, _, self.is_label = found.tensors(encoder)
+        self.ids = ids_N_S
 
     def logits(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
         """Logits that predict tokens 1 … S-1."""
@@ -73,7 +66,7 @@ class LabelAccuracy(Metric):
         return {"accuracy": float(right.all(1).double().mean()), "label_loss": float(loss)}
 
 
-def world_pairs(n: int = 48) -> list[tuple[str, str]]:
+def world_pairs(n: int = 48) -> list[Pair]:
     """The default set: n sentences of the embedded world, every other one with its time in front, the rest without any."""
     pairs = []
     for number, prompt in enumerate(world.prompts("eval", n, seed=3)):
@@ -82,30 +75,23 @@ def world_pairs(n: int = 48) -> list[tuple[str, str]]:
         assert meaning is not None  # prompts are sentences of the world
         time = TIMES[meaning.time][0].partition("|")[0]
         text = sentence.removesuffix(f" {time}.")
-        pairs.append((f"{time} {text}", ".") if number % 2 else (text, " now."))
+        pairs.append(Pair(f"{time} {text}", ".") if number % 2 else Pair(text, " now."))
     return pairs
 
 
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Text and label of each line of a JSON Lines file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The labelled set {path} cannot be read: {error}.", "Name a JSON Lines file.") from None
+def read_pairs(source: str) -> list[Pair]:
+    """Text and label of each row of a source.
+
+    Raises:
+        UsageError: naming the first row without the two.
+    """
+    rows = open_rows(source, split="test", what="labelled set", flag="file")
+    names = [next((name for name in known if name in rows.columns), known[0]) for known in NAMES]
     pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, label = row["text"], row["label"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = label = None
+    for place, row in rows.walk():
+        text, label = (row.get(name) for name in names)
         if not (isinstance(text, str) and isinstance(label, str) and text and label):
-            raise UsageError(
-                f"{path}, line {number}: no JSON object with a `text` and a `label` string.", "Correct that line."
-            )
-        pairs.append((text, label))
-    if not pairs:
-        raise UsageError(f"The labelled set {path} is empty.", "Give at least one line.")
+            raise rows.fault(place, f"no `{names[0]}` and `{names[1]}` that are texts")
+        sound(text + label, names[0], fault_of(rows, place))
+        pairs.append(Pair(text, label))
     return pairs
