@@ -105,6 +105,10 @@ CASES: dict[str, tuple[dict[str, Any], Recipe]] = {  # what the trainer is told,
             batches=Batches(4),
         ),
     ),
+    "packed rows": (
+        {**PLAIN, "per_device_train_batch_size": 2, "packing": True, "max_length": 16, "num_train_epochs": 2},
+        Recipe(adamw(), batches=Batches(2, epochs=2, pack=16)),
+    ),
     "completions only, everything on": (
         {
             "per_device_train_batch_size": 3,
@@ -129,7 +133,9 @@ CASES: dict[str, tuple[dict[str, Any], Recipe]] = {  # what the trainer is told,
 }
 
 
-def trained_by_trl(model: nn.Module, examples: Examples, arguments: dict[str, Any], folder: Path) -> nn.Module:
+def trained_by_trl(
+    model: nn.Module, examples: Examples, arguments: dict[str, Any], folder: Path, adapters: Any = None
+) -> nn.Module:
     """The model after SFTTrainer, on rows that are tokens already."""
     words = WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w0", pad_token="w0")
@@ -143,7 +149,8 @@ def trained_by_trl(model: nn.Module, examples: Examples, arguments: dict[str, An
     ]
     config = trl.SFTConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=10**6,
-        gradient_checkpointing=False, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, **arguments,
+        gradient_checkpointing=False, disable_tqdm=True, **arguments,
+        dataset_kwargs={"skip_prepare_dataset": not arguments.get("packing")},
     )  # fmt: skip
     double = next(model.parameters()).dtype == torch.float64
     trainer = trl.SFTTrainer(
@@ -152,9 +159,10 @@ def trained_by_trl(model: nn.Module, examples: Examples, arguments: dict[str, An
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         compute_loss_func=mean_loss if double else None,
+        peft_config=adapters,
     )
     trainer.train()
-    return model
+    return trainer.model
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:

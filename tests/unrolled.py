@@ -101,7 +101,7 @@ def group_settings(recipe: Recipe, model: nn.Module, name: str) -> tuple[float, 
 
 def unrolled(model: nn.Module, examples: Examples, recipe: Recipe, weights_N_S: Tensor) -> dict[str, Tensor]:
     """θ_T by parameter name, differentiable by the weights of the tokens, (N, S)."""
-    start = {name: value.detach() for name, value in model.named_parameters()}
+    start = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     settings = {name: group_settings(recipe, model, name) for name in start}
     trained = [name for name in start if not math.isnan(settings[name][0])]
     theta = {name: value.clone().requires_grad_(name in trained) for name, value in start.items()}

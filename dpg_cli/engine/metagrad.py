@@ -14,6 +14,7 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.inner.target import Normalization, TargetRun
+from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
 from dpg_cli.engine.phi import metric_gradient, metric_measures
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Visits
@@ -53,6 +54,7 @@ def metagradient(
     plan: Plan | None = None,
     memory: Memory = "keep",
     precision: Precision | None = None,
+    packing: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     sink: LabelSink | None = None,
@@ -76,6 +78,7 @@ def metagradient(
             accelerator: into host memory). Changes time and memory, and the result by rounding alone.
         precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
             `precision_error`, the relative error of the token credits at the first inner step.
+        packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
         sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
@@ -99,7 +102,7 @@ def metagradient(
     with recipe.prepared(model) as (target, notes):
         given = accepted(target, examples, optimizer, weights_N)
         examples = given.aligned()
-        plan = recipe.batches.plan(len(examples)) if plan is None else plan
+        plan = recipe.plan(examples) if plan is None else plan
         run = TargetRun(
             target,
             recipe.space(target),
@@ -108,9 +111,13 @@ def metagradient(
             micro_batch,
             precision=recipe.precision,
             ranks=ranks,
+            packing=packing,
         )
         finding = selfcheck(run, examples, need_hvp=len(plan) > 1)
         run = finding.apply(run)
+        if packing and not can_pack(run, examples):
+            run = replace(run, packing=False)
+            notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
         read = partial(run.space.read, target)
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N

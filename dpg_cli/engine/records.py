@@ -19,6 +19,23 @@ from dpg_cli.errors import BadTypeError, BadValueError
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where each token of rows that hold several examples comes from; anything on padding. All (N, S), int64.
+
+    Attributes:
+        owner_N_S: the example.
+        column_N_S: its column there, which is its position.
+    """
+
+    owner_N_S: Tensor
+    column_N_S: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The same change of both."""
+        return Layout(change(self.owner_N_S), change(self.column_N_S))
+
+
+@dataclass(frozen=True)
 class Examples:
     """Token sequences for the target; each row's tokens stand together, padded on the right, or on the left.
 
@@ -31,6 +48,7 @@ class Examples:
         label_N_S: True on tokens whose loss is trained, bool. The first token of a row has no prediction and must be False.
         soft: distributions that the trained tokens were drawn from, or None.
         drawn: train on the drawn tokens all the same; `soft` then only tells what else could have stood there.
+        layout: where the tokens of rows that hold several examples come from, or None.
 
     Raises:
         BadValueError: if shapes differ, a row has a hole, or a label stands where no prediction is.
@@ -41,6 +59,7 @@ class Examples:
     label_N_S: Tensor
     soft: SoftLabels | None = None
     drawn: bool = False
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         ids, attention, label = self.ids_N_S, self.attention_N_S, self.label_N_S
@@ -87,6 +106,7 @@ class Examples:
         made = object.__new__(Examples)
         object.__setattr__(made, "soft", soft)
         object.__setattr__(made, "drawn", self.drawn)
+        object.__setattr__(made, "layout", None if self.layout is None else self.layout.map(change))
         for name in ("ids_N_S", "attention_N_S", "label_N_S"):
             object.__setattr__(made, name, change(getattr(self, name)))
         return made

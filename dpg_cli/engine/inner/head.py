@@ -73,14 +73,15 @@ def find_head(model: nn.Module) -> Head | None:
 
     What the attributes promise is tried on two tokens: logits that are scaled, capped or cut differ from the linear map.
     """
-    causal: Any = model
-    layer: Any = causal.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    base: Any = getattr(model, "base_model", model)
-    prefix = getattr(model, "base_model_prefix", "")
-    named: Any = getattr(model, prefix, None)
-    if type(layer) is not nn.Linear or base is model or named is not base:
+    causal, outside = within(model)
+    layer: Any = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    layer = _saved(layer)
+    base: Any = getattr(causal, "base_model", causal)
+    prefix = getattr(causal, "base_model_prefix", "")
+    named: Any = getattr(causal, prefix, None)
+    if type(layer) is not nn.Linear or base is causal or named is not base:
         return None
-    if any(getattr(getattr(model, "config", None), key, None) not in (None, 0, 1, 1.0) for key in _TOUCHED_LOGITS):
+    if any(getattr(getattr(causal, "config", None), key, None) not in (None, 0, 1, 1.0) for key in _TOUCHED_LOGITS):
         return None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if id(layer.weight) not in names:
@@ -100,7 +101,23 @@ def find_head(model: nn.Module) -> Head | None:
     if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-5, atol=1e-6):
         return None
     bias = None if layer.bias is None else names.get(id(layer.bias))
-    return Head(base, prefix + ".", names[id(layer.weight)], bias, layer)
+    return Head(base, f"{outside}{prefix}.", names[id(layer.weight)], bias, layer)
+
+
+def within(model: nn.Module) -> tuple[Any, str]:
+    """The causal LM itself, and what its parameters' names begin with: within a PEFT wrapper, the model with its adapters."""
+    if any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
+        wrapper: Any = model
+        causal = wrapper.get_base_model()
+        return causal, next(f"{name}." for name, module in model.named_modules() if module is causal)
+    return model, ""
+
+
+def _saved(layer: Any) -> Any:
+    """A head that PEFT trains whole, beside its adapters: the copy that is trained."""
+    if type(layer).__name__ != "ModulesToSaveWrapper" or len(layer.active_adapters) != 1:
+        return layer
+    return layer.modules_to_save[layer.active_adapters[0]]
 
 
 def chunk_logits(vocabulary: int) -> int:

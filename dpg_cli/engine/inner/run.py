@@ -88,7 +88,7 @@ def inner_run(
         tape: takes the steps in place of that for `memory`.
     """
     recipe = Recipe.of(recipe, batch_size)
-    plan = recipe.batches.plan(len(examples)) if plan is None else plan
+    plan = recipe.plan(examples) if plan is None else plan
     total = len(plan)
     stepper = Stepper(run, recipe, total)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpg_cli.engine.inner.head import Head, find_head, first_order
+from dpg_cli.engine.inner.packing import pack, unpack
 from dpg_cli.engine.inner.product import PlainMode, Precision
 from dpg_cli.engine.inner.remembered import Piece, Remembered
 from dpg_cli.engine.params import ParameterSpace
@@ -27,6 +28,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.engine.soft import Expected
 
 Normalization = Literal["token", "example"]
+TRIED = 12  # tokens of the examples that packing is tried on
 CPU_TOKENS = 4096  # of an automatic micro-batch on the CPU: activations stay near the cores' caches
 
 
@@ -45,6 +47,7 @@ class TargetRun:
         ranks: the processes that share the batches.
         second_order: the pass that the reverse takes, see `reverse/selfcheck.py`.
         masked: the model must be told where padding is: it looks at the ids of its tokens for that otherwise.
+        packing: examples of a batch share rows where the model can read them so (`packing.py`).
         head: that head, or None.
     """
 
@@ -58,6 +61,7 @@ class TargetRun:
     ranks: Ranks = ALONE
     second_order: Literal["dual", "double"] = "dual"
     masked: bool = False
+    packing: bool = False
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,11 @@ class TargetRun:
         if self.normalization == "token":
             return float(max(1, int(batch.label_N_S.sum())))
         return float(len(batch) * self.length)
+
+    def arranged(self, batch: Examples) -> Examples:
+        """The batch as the passes read it: packed, or as it is."""
+        packs = self.packing and self.head is not None and self.second_order == "dual" and not self.masked
+        return pack(batch) if packs else batch
 
     def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
         """This rank's rows of the batch in micro-batches, each cut to its longest row."""
@@ -100,7 +109,8 @@ def inputs_of(piece: Examples, masked: bool = False) -> dict[str, Any]:
     """What the model is called with."""
     # Right-padded rows need no attention mask: a causal model never looks to the right, and pads carry no loss.
     mask = {"attention_mask": piece.attention_N_S.to(torch.int64)} if masked else {}
-    return {"input_ids": piece.ids_N_S, "use_cache": False, **mask}
+    places = {} if piece.layout is None else {"position_ids": piece.layout.column_N_S}
+    return {"input_ids": piece.ids_N_S, "use_cache": False, **mask, **places}
 
 
 def logits_of(model: nn.Module, parameters: dict[str, Tensor], piece: Examples, masked: bool = False) -> Tensor:
@@ -113,6 +123,27 @@ def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples, masked
     """The backbone's last hidden state, shape (B, S, D)."""
     output: Any = functional_call(head.base, head.base_parameters(parameters), (), inputs_of(piece, masked))
     return output.last_hidden_state
+
+
+@torch.no_grad()
+def can_pack(run: TargetRun, examples: Examples) -> bool:
+    """Whether two short examples have the same hidden states in one row as in rows of their own."""
+    if run.head is None or run.second_order != "dual" or run.masked or examples.soft is not None:
+        return False
+    rows = (examples.attention_N_S.sum(1) > 1).nonzero()[:2, 0]
+    apart = examples.take(rows).rows(0, len(rows))
+    width = min(TRIED, apart.ids_N_S.shape[1])
+    ids, attention, label = (
+        nn.functional.pad(part[:, :width], (0, width)) for part in (apart.ids_N_S, apart.attention_N_S, apart.label_N_S)
+    )
+    wide = Examples(ids, attention, label)
+    together = pack(wide)
+    if together.layout is None:  # there are no two
+        return True
+    real = wide.attention_N_S
+    ours = unpack(hidden_of(run.head, {}, together), together, wide)[real]
+    theirs = hidden_of(run.head, {}, wide)[real]
+    return bool((ours - theirs).abs().max() < 1e-3 * theirs.abs().max())
 
 
 @dataclass(frozen=True)
@@ -140,9 +171,18 @@ class Labelled:
 
     @classmethod
     def of(cls, piece: Examples, weights_B: Tensor, scale: float) -> Labelled:
-        """Flatten the piece's labels."""
+        """Flatten the piece's labels.
+
+        Args:
+            piece: rows of a batch.
+            weights_B: data weights of these rows; of the examples that packed rows hold.
+            scale: 1 / Z.
+        """
         places = piece.label_N_S.reshape(-1).nonzero()[:, 0]
-        rows = torch.div(places, piece.ids_N_S.shape[1], rounding_mode="floor")
+        if piece.layout is None:
+            rows = torch.div(places, piece.ids_N_S.shape[1], rounding_mode="floor")
+        else:
+            rows = piece.layout.owner_N_S.reshape(-1)[places]
         mask = weights_B.new_full((len(places),), scale)
         expected = None if piece.soft is None else Expected(piece.soft, places, not piece.drawn)
         return cls(places - 1, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale, expected)
@@ -175,12 +215,12 @@ def loss_gradient(
     loss_sum = 0.0
     scale = 1.0 / run.normalizer(batch)
     with fused_activations(run.model):
-        for rows, piece in run.pieces(batch):
+        for rows, piece in run.pieces(run.arranged(batch)):
             made = None if remembered is None else remembered.add()
             if run.head is None:
                 loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
                 continue
-            tokens = Labelled.of(piece, weights_B[rows], scale)
+            tokens = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
             with torch.enable_grad(), PlainMode(run.precision, made):
                 hidden = hidden_of(run.head, leaves, piece, run.masked)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dpg_cli.engine.inner.head import Head
+from dpg_cli.engine.inner.packing import unpack
 from dpg_cli.engine.inner.remembered import Remembered
 from dpg_cli.engine.inner.target import Labelled, TargetRun, backward, fused_activations, hidden_of, logits_of
 from dpg_cli.engine.records import Examples
@@ -69,7 +70,8 @@ def dual_pass(
         remembered: what `loss_gradient` left of this batch at this θ with these weights; used up.
         sink: is given the credits of every label chunk by chunk, where the batch has distributions (`Examples.soft`).
     """
-    scale = 1.0 / run.normalizer(batch)
+    scale, whole = 1.0 / run.normalizer(batch), batch
+    batch = run.arranged(batch)
     hvp = None
     if need_hvp:
         # over ranks only the product is summed, not what it is added to
@@ -96,7 +98,7 @@ def dual_pass(
             tangent = torch.zeros_like(primal) if tangent is None else tangent
             del duals, output
         # The reverse runs outside the dual level: inside it, saved tensors would still carry their tangents.
-        marked = Labelled.of(piece, weights_B[rows], scale)
+        marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
         if need_labels and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, primal.shape[-1] if head is None else head.layer.out_features)
         width = piece.ids_N_S.shape[1]
@@ -116,6 +118,8 @@ def dual_pass(
     if hvp is not None and hvp is not hvp_into:
         run.ranks.sum_(hvp)
         hvp = hvp if hvp_into is None else hvp_into.add_(hvp)
+    if batch.layout is not None:
+        tokens, every = unpack(tokens, batch, whole), None if every is None else unpack(every, batch, whole)
     return DualResult(tokens, every, hvp)
 
 

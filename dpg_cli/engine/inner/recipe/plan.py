@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpg_cli.engine.inner.packing import bins_of_trl
 from dpg_cli.errors import UsageError
 
 Order = Literal["given", "shuffled"]
@@ -36,6 +37,8 @@ class Batches:
         order: "given", or "shuffled" anew in each epoch.
         seed: of the shuffling.
         drop_last: leave out what does not fill a batch at the end of an epoch.
+        pack: a batch is `size` rows of at most so many tokens, each filled with whole examples as TRL's packing fills it;
+            0 for a batch of `size` examples.
     """
 
     size: int = 0
@@ -45,11 +48,12 @@ class Batches:
     order: Order = "given"
     seed: int = 0
     drop_last: bool = False
+    pack: int = 0
 
     def __post_init__(self) -> None:
         if self.order not in ("given", "shuffled"):
             raise ValueError(f"unknown order {self.order!r}; there are 'given' and 'shuffled'")
-        for key, least in (("size", 0), ("accumulation", 1), ("max_steps", 0), ("seed", 0)):
+        for key, least in (("size", 0), ("accumulation", 1), ("max_steps", 0), ("seed", 0), ("pack", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if not 0 < self.epochs < math.inf:
@@ -70,15 +74,19 @@ class Batches:
         """T: optimiser steps of a run on `count` examples."""
         return self.max_steps or math.ceil(self.epochs * self.steps_of_epoch(count))
 
-    def plan(self, count: int) -> Plan:
+    def plan(self, count: int, lengths: Sequence[int] | None = None) -> Plan:
         """The examples of every step.
 
         Args:
             count: N.
+            lengths: tokens of each example; only `pack` needs them.
 
         Raises:
-            UsageError: if no batch can be filled.
+            UsageError: if no batch can be filled, or an example does not fit a row.
+            ValueError: if lengths are needed and not given.
         """
+        if self.pack:
+            return self._packed(count, lengths)
         each = self.steps_of_epoch(count)
         if not each:
             raise UsageError(
@@ -97,6 +105,21 @@ class Batches:
                 order = shuffled(count, self.seed + epoch)
                 found += [order[start : min(start + stride, used)] for start in starts]
         return Plan(tuple(found), count)
+
+    def _packed(self, count: int, lengths: Sequence[int] | None) -> Plan:
+        """The plan of rows that hold several examples."""
+        if lengths is None:
+            raise ValueError("a plan of packed rows needs the lengths of the examples")
+        longest = max(lengths, default=0)
+        if longest > self.pack:
+            raise UsageError(
+                f"An example of {longest:,} tokens does not fit a packed row of {self.pack:,}.",
+                "Cut examples to that length.",
+            )
+        rows = [torch.tensor(row) for row in bins_of_trl(lengths, self.pack)]
+        plan = replace(self, pack=0).plan(len(rows))
+        steps = (plan.index(number).tolist() for number in range(len(plan)))
+        return Plan(tuple(torch.cat([rows[row] for row in step]) for step in steps), count)
 
 
 @dataclass(frozen=True)

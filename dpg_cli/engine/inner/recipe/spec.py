@@ -13,12 +13,13 @@ from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.prepare import prepared
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe.groups import Groups
-from dpg_cli.engine.inner.recipe.plan import Batches
+from dpg_cli.engine.inner.recipe.plan import Batches, Plan
 from dpg_cli.engine.inner.recipe.schedule import Schedule
 from dpg_cli.engine.params import ParameterSpace
 
 if TYPE_CHECKING:
     from dpg_cli.engine.inner.target import Normalization
+    from dpg_cli.engine.records import Examples
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Recipe:
         if normalization is not None:
             recipe = replace(recipe, normalization=normalization)
         return recipe if precision is None else replace(recipe, precision=precision)
+
+    def plan(self, examples: Examples) -> Plan:
+        """The examples of every step; see `Batches.plan`."""
+        lengths = examples.attention_N_S.sum(1).tolist() if self.batches.pack else None
+        return self.batches.plan(len(examples), lengths)
 
     def settings(self, model: nn.Module) -> dict[str, tuple[float, float]] | None:
         """Peak learning rate and weight decay of each trainable parameter, by name; None where they are all alike."""

@@ -1,0 +1,141 @@
+"""LoRA targets: adapters beside a frozen base, as PEFT makes them. The base needs no state, no tangent and no adjoint.
+
+    W' = W + s B A,   A (r, in) random, B (out, r) zero,   s = α / r, or α / √r (rsLoRA)
+
+B = 0 at first, so that A has no gradient in the first step and B's first update is nearly sign(g) where ε is small.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpg_cli.errors import UsageError, suggestion
+from dpg_cli.models.hub import first_line, require
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is trained in place of the weights.
+
+    Attributes:
+        rank: r.
+        alpha: α.
+        modules: names (or ends of names) of the linear maps that get adapters; "all-linear" for all but the LM head.
+        rslora: scale by α / √r.
+        save: modules that are trained whole beside the adapters, such as the LM head.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+    save: tuple[str, ...] = ()
+
+
+def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:
+    """The model with fresh adapters, the only parameters that are trained.
+
+    Args:
+        model: changed in place: its maps are wrapped.
+        lora: the adapters.
+        seed: of A; what TRL's SFTTrainer makes of its own seed.
+
+    Raises:
+        UsageError: if peft is not installed, or a module is not there.
+    """
+    peft = require("peft", "peft", "A LoRA target")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.modules[0] if lora.modules == ("all-linear",) else list(lora.modules),
+        use_rslora=lora.rslora,
+        modules_to_save=list(lora.save) or None,
+        lora_dropout=0.0,
+    )
+    names = [name for name, _ in model.named_modules() if name]
+    for part in (*lora.modules, *lora.save):
+        if part != "all-linear" and not any(name == part or name.endswith(f".{part}") for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise UsageError(f"The target has no module {part!r}.", suggestion(part, ends, "It has"))
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D's transposed weights, which it then treats rightly
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise UsageError(
+                f"The target cannot have these adapters: {first_line(error)}.", "Name linear maps."
+            ) from None
+
+
+def shell_of(model: nn.Module) -> nn.Module:
+    """The model's modules without its weights, to be lent merged ones; to be made before `adapt`."""
+    places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(places))
+
+
+def merged_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the merged model by the names that they have in the base, differentiable by the adapters.
+
+    Args:
+        model: what `adapt` gave.
+        parameters: adapters (and modules trained whole) by name; the model's own for those that are not given.
+
+    Raises:
+        UsageError: for adapters that are no plain LoRA of linear maps.
+    """
+    own = dict(model.named_parameters())
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is _base(model))
+    merged: dict[str, Tensor] = {}
+    for name, value in own.items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        plain = name.removeprefix(prefix).replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+        merged[plain] = parameters.get(name, value)
+    for path, module in model.named_modules():
+        if not hasattr(module, "base_layer"):
+            continue
+        layer: Any = module
+        first, second = f"{path}.lora_A.{ADAPTER}.weight", f"{path}.lora_B.{ADAPTER}.weight"
+        if first not in own or second not in own or getattr(layer, "use_dora", {}).get(ADAPTER):
+            raise UsageError(f"The adapter of {path} is no plain LoRA of a linear map.", "Merge it first.")
+        change = parameters.get(second, own[second]) @ parameters.get(first, own[first])
+        change = change.mT if layer.fan_in_fan_out else change
+        plain = f"{path.removeprefix(prefix)}.weight"
+        merged[plain] = merged[plain] + layer.scaling[ADAPTER] * change
+    return merged
+
+
+def _base(model: Any) -> nn.Module:
+    return model.get_base_model()
+
+
+@contextmanager
+def holding(shell: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the shell's weights are these tensors, graphs included."""
+    named = {id(parameter): name for name, parameter in shell.named_parameters()}
+    places = [
+        (module._parameters, key, parameter)
+        for module in shell.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        for slots, key, parameter in places:
+            slots[key] = weights[named[id(parameter)]]  # type: ignore[assignment]
+        yield
+    finally:
+        for slots, key, parameter in places:
+            slots[key] = parameter
