@@ -1,6 +1,6 @@
 """`dpg attribute` without its display: the metagradients of a user's own fine-tuning data, and no generator anywhere.
 
-rows of the source -> examples (`data`) -> fine-tuning once, in a shuffled order -> metagradient -> scores (`scores`)
+rows of the source -> examples (`data`) -> fine-tuning by the recipe -> metagradient -> scores (`scores`)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dpg_cli.attribution.scores import Scored, check_place, write_scores
 from dpg_cli.data.examples import Encoding, Keep, RowEncoder, TrainOn
 from dpg_cli.data.prepared import Prepared, gather, prepare
 from dpg_cli.data.sources import files_of
-from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.driver.recipe import inner_recipe, trained_target
+from dpg_cli.engine.inner.recipe import Plan
 from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device, quiet_transformers
 from dpg_cli.planning.memory import Need, check_memory
@@ -36,7 +36,7 @@ TOKENS = 4096  # of an automatic micro-batch
 DEFAULTS: dict[str, Any] = {  # of `dpg attribute`, where they differ from a run's
     "task": "attribute",
     "models": {"target": "tiny", "untie_target": False},
-    "inner": {"lr": 1e-4, "beta2": 0.95, "eps": 1e-3, "batch_size": 32},
+    "inner": {"lr": 1e-4, "beta2": 0.95, "eps": 1e-3, "batch_size": 32, "order": "shuffled"},
 }
 
 
@@ -82,6 +82,7 @@ class Attribution:
         gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
         epsilon: the same against ε, in words.
         precision_error: relative error of the first step's token scores in bf16, None in float32.
+        clipped_share: of the steps, on which the gradient was clipped; None where it never is.
         seconds, peak_memory_mb: of the process.
         helpful, harmful: the examples with the highest and the lowest scores.
     """
@@ -96,6 +97,7 @@ class Attribution:
     gradient_median: float
     epsilon: str
     precision_error: float | None
+    clipped_share: float | None
     seconds: float
     peak_memory_mb: float | None
     helpful: list[Scored] = field(repr=False)
@@ -128,10 +130,10 @@ def attribute(
     on_note: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Attribution:
-    """Fine-tune the target once on the data, in a shuffled order, and write the metagradients of all examples.
+    """Fine-tune the target on the data by the recipe of the settings, and write the metagradients of all examples.
 
     Args:
-        config: models.target, metric, inner and seed are used.
+        config: models.target, metric, inner, lora and seed are used.
         request: the data, and where the scores go.
         on_stage, on_note: called with the name of each stage, and with what the user should know of the data.
         on_progress: called as progress(phase, steps done, of how many).
@@ -144,35 +146,36 @@ def attribute(
     check_place(request.out, inputs(config, request), request.overwrite)
     target, found, encoder = read_rows(config, request, on_stage)
     examples = Examples(*found.tensors(encoder))
-    metric = build_metric(config.metric, target, request.metric)
+    made_of = fingerprint(target)
+    target, metric = trained_target(target, config, request.metric)
+    recipe = inner_recipe(inner, config.seed)
+    plan = recipe.plan(examples)
     for line in (found.understood.line(), *found.understood.notes(), *getattr(metric, "notes", ())):
         on_note(line)
     micro_batch = request.micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
-    require_memory(target, inner, examples, micro_batch, getattr(metric, "tokens_read", 0))
+    require_memory(target, inner, plan, examples, micro_batch, getattr(metric, "tokens_read", 0))
     on_stage("fine-tuning and attributing")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))
-    place = order.to(examples.ids_N_S.device)
-    shuffled = Examples(examples.ids_N_S[place], examples.attention_N_S[place], examples.label_N_S[place])
     with quiet_transformers():  # it would warn of pads without a mask; a causal model needs none
         with torch.no_grad():
             before = float(metric(dict(target.model.named_parameters()), target.model))
         result = metagradient(
             target.model,
-            shuffled,
-            OptimizerSpec.of(inner),
+            examples,
+            recipe,
             metric,
-            batch_size=inner.batch_size,
-            normalization=inner.normalization,
+            plan=plan,
             micro_batch=micro_batch,
             memory=inner.states,
-            precision=inner.precision,
+            packing=inner.packing,
             progress=on_progress,
         )
     on_stage("writing the scores")
-    back = torch.argsort(order)
-    scores = Scores(found, target, result.example_N.cpu()[back], result.token_N_S.cpu()[back])
-    steps = -(-len(examples) // inner.batch_size)
-    record = {**how_made(config, found, target, before, result), "about": metric.describe(), "inner_steps": steps}
+    scores = Scores(found, target, result.example_N.cpu(), result.token_N_S.cpu())
+    record = {
+        **how_made(config, found, made_of, before, result),
+        "about": metric.describe(),
+        "inner_steps": len(plan),
+    }
     write_scores(request.out, scores.rows(), record)
     ranking = scores.example_N.argsort(descending=True).tolist()
     top = min(request.top, len(ranking))
@@ -182,11 +185,12 @@ def attribute(
         value_before=before,
         measures=result.measures,
         examples=len(examples),
-        inner_steps=steps,
+        inner_steps=len(plan),
         data=found.understood.as_dict(),
         gradient_median=result.gradient_median,
         epsilon=against_gradient(inner, result.gradient_median),
         precision_error=result.stats.get("precision_error"),
+        clipped_share=result.stats.get("clipped_share"),
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(),
         helpful=[scores.trained(number) for number in ranking[:top]],
@@ -230,21 +234,22 @@ def inputs(config: Config, request: Request) -> list[Path]:
 
 
 def require_memory(
-    target: LanguageModel, inner: InnerConfig, examples: Examples, micro_batch: int, tokens_read: int
+    target: LanguageModel, inner: InnerConfig, plan: Plan, examples: Examples, micro_batch: int, tokens_read: int
 ) -> None:
     """Refuse what will not fit.
 
     Raises:
         UsageError: naming the flag that would make it fit.
     """
-    steps, length = -(-len(examples) // inner.batch_size), examples.ids_N_S.shape[1]
-    rows = min(micro_batch, inner.batch_size)
-    need = Need.of(target, steps, rows, length, inner.states, inner.batch_size, tokens_read)
-    check_memory(need, target.head.device, states_flag="--memory ", rows_flag="--micro-batch ")
+    length = examples.ids_N_S.shape[1]
+    batch = max(len(plan.index(number)) for number in range(len(plan)))
+    need = Need.of(target, len(plan), min(micro_batch, batch), length, inner.states, batch, tokens_read)
+    frozen = (target.parameter_count - target.trained_count) * float(target.head.element_size())
+    check_memory(need, target.head.device, states_flag="--memory ", rows_flag="--micro-batch ", other=frozen)
 
 
 def how_made(
-    config: Config, found: Prepared, target: LanguageModel, before: float, result: Metagradient
+    config: Config, found: Prepared, made_of: dict[str, Any], before: float, result: Metagradient
 ) -> dict[str, Any]:
     """How scores were made: everything that another attribution must have in common with it to be compared."""
     rows = hashlib.sha256()
@@ -260,11 +265,12 @@ def how_made(
         "measures": result.measures,
         "gradient_median": result.gradient_median,
         "recipe": config.inner.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json"),
         "metric": config.metric.model_dump(mode="json"),
         "data": found.understood.as_dict(),
         "examples_sha256": rows.hexdigest(),
         "target": {**config.models.model_dump(mode="json", include={"target", "target_init", "init_seed"})},
-        "fingerprint": fingerprint(target),
+        "fingerprint": made_of,
     }
 
 

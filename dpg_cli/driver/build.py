@@ -11,7 +11,7 @@ import torch
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
 from dpg_cli.driver.prospect import Prospect, located, look, looks, prospect
-from dpg_cli.driver.recipe import inner_recipe
+from dpg_cli.driver.recipe import inner_recipe, refuse_adapters
 from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
@@ -86,6 +86,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
+    refuse_adapters(config)
     if config.trainer == "trl":
         require_trl(config, ranks)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
@@ -285,6 +286,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         lr_decay=policy.decay,
         kl_decay=policy.kl_decay,
         states=inner.states,
+        packing=inner.packing,
         max_length=inner.max_length,
         attribution=attribution_spec(config),
         labels=inner.labels,

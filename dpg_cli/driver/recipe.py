@@ -1,9 +1,19 @@
-"""From the settings of the inner run to the engine's recipe."""
+"""From settings to the engine's recipe, and to the target that it trains: whole, or its adapters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Recipe, Schedule
+from dpg_cli.errors import UsageError
+from dpg_cli.metrics.base import TargetMetric
+from dpg_cli.metrics.merged import MergedMetric
+from dpg_cli.metrics.registry import build_metric
+from dpg_cli.models.loading import LanguageModel
+from dpg_cli.models.lora import Lora, adapt, shell_of
+from dpg_cli.settings.config import Config, TextLossOptions
 from dpg_cli.settings.inner import InnerConfig
 
 
@@ -37,7 +47,47 @@ def inner_recipe(inner: InnerConfig, seed: int) -> Recipe:
             inner.order,
             seed,
             inner.drop_last,
+            inner.packed_rows,
         ),
         normalization=inner.normalization,
         precision=inner.precision,
     )
+
+
+def trained_target(
+    target: LanguageModel, config: Config, named_metric: str | None = None
+) -> tuple[LanguageModel, TargetMetric]:
+    """The target as it is trained, and the metric of its weights; with adapters, of the merged ones.
+
+    Args:
+        target: as it was loaded; its model is changed in place where it gets adapters.
+        config: the settings.
+        named_metric: what the user gave as --metric; without it no file of a custom metric is run.
+
+    Raises:
+        UsageError: if the metric or the adapters do not fit the target.
+    """
+    asked = config.lora
+    if not asked.rank:
+        return target, build_metric(config.metric, target, named_metric)
+    text = isinstance(config.metric, TextLossOptions)  # reads what the model says, and needs no merged weights
+    base = None if text else (build_metric(config.metric, target, named_metric), shell_of(target.model))
+    lora = Lora(asked.rank, asked.alpha, asked.modules, asked.rslora, asked.save)
+    model: Any = adapt(target.model, lora, config.seed)
+    adapted = replace(target, model=model.eval())
+    if base is None:
+        return adapted, build_metric(config.metric, adapted, named_metric)
+    return adapted, MergedMetric(*base, model)
+
+
+def refuse_adapters(config: Config) -> None:
+    """Settings of the recipe that only `dpg attribute` follows.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    for key, value in (("lora.rank", config.lora.rank), ("inner.packed_rows", config.inner.packed_rows)):
+        if value:
+            raise UsageError(
+                f"{key} = {value} is for `dpg attribute`; a run's target is trained whole.", f"Set {key} = 0."
+            )

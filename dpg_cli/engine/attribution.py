@@ -79,6 +79,7 @@ class InnerSettings:
     memory: Memory = "keep"
     precision: Precision | None = None
     ranks: Ranks = ALONE
+    packing: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -254,6 +255,7 @@ def _metagradient(
         micro_batch=inner.micro_batch,
         labels=labels,
         memory=inner.memory,
+        packing=inner.packing,
         ranks=inner.ranks,
         sink=sink,
     )

@@ -46,6 +46,7 @@ class LoopSpec:
         credit: "sequence", "token" or "expected".
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
+        packing: ragged examples share rows, see `packing.py`.
         states: which states of the inner run are kept, see `tape.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         kl_decay: share of the steps, at the end, over which the KL coefficient falls to (almost) zero.
@@ -68,6 +69,7 @@ class LoopSpec:
     lr_decay: float = 0.0
     kl_decay: float = 0.0
     states: Memory = "keep"
+    packing: bool = False
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     labels: str = "drawn"
@@ -77,7 +79,7 @@ class LoopSpec:
     @property
     def inner(self) -> InnerSettings:
         """The inner run, in one process."""
-        return InnerSettings(self.recipe, micro_batch=self.micro_batch, memory=self.states)
+        return InnerSettings(self.recipe, micro_batch=self.micro_batch, memory=self.states, packing=self.packing)
 
     def rescaled(self, before: int, after: int) -> LoopSpec:
         """The same for `after` completions in place of `before`: as many inner steps, on larger or smaller batches."""

@@ -84,6 +84,11 @@ class LanguageModel:
         """Number of parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def trained_count(self) -> int:
+        """Number of those that are trained: adapters' alone, where it has some."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
 
 def pick_device(name: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda`, `cuda:1`, `mps` … names.

@@ -65,7 +65,7 @@ class Need:
         """The need of a target's run."""
         config, (vocabulary, width) = target.model.config, target.head.shape
         return cls(
-            parameters=target.parameter_count,
+            parameters=target.trained_count,
             element=target.head.element_size(),
             steps=steps,
             states=states,

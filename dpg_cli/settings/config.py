@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dpg_cli.errors import ConfigError, UsageError
 from dpg_cli.settings.faults import cut, unknown
 from dpg_cli.settings.faults import shown as shown
-from dpg_cli.settings.inner import InnerConfig
+from dpg_cli.settings.inner import InnerConfig, LoraConfig
 from dpg_cli.settings.metric_options import (
     FREQUENT,
     FRESH,
@@ -234,6 +234,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
     inner: InnerConfig = InnerConfig()
+    lora: LoraConfig = LoraConfig()
     attribution: AttributionConfig = AttributionConfig()
     credit: CreditConfig = CreditConfig()
     policy: PolicyConfig = PolicyConfig()

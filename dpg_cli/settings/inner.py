@@ -27,6 +27,20 @@ class GroupConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """LoRA: the target's weights stay, adapters beside them are trained. Extra `peft`; for `dpg attribute`."""
+
+    rank: Count = Field(0, description="r; 0: all weights are trained")
+    alpha: Positive = Field(16.0, description="α: the adapters' change is scaled by α / r")
+    modules: tuple[str, ...] = Field(
+        ("all-linear",),
+        description="linear maps that get adapters, by name or its end; `all-linear`: all but the LM head",
+        strict=False,
+    )
+    rslora: bool = Field(False, description="scale by α / √r")
+    save: tuple[str, ...] = Field((), description="modules that are trained whole, such as lm_head", strict=False)
+
+
 class InnerConfig(Section):
     """The inner run: ordinary supervised fine-tuning of the target on the completions."""
 
@@ -89,11 +103,20 @@ class InnerConfig(Section):
         "given", description="shuffled: anew in each epoch, by the run's seed, as the transformers Trainer does"
     )
     drop_last: bool = Field(False, description="leave out what does not fill a batch at the end of an epoch")
+    packed_rows: Count = Field(
+        0,
+        description="a batch is batch_size rows of at most so many tokens, filled with whole examples as TRL's packing fills "
+        "them; 0: it is batch_size examples. For `dpg attribute`",
+    )
     normalization: Literal["token", "example"] = "token"
     max_length: Count = Field(
         0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
     )
     micro_batch: PositiveInt = Field(256, description="examples in memory at once; changes nothing but memory")
+    packing: bool = Field(
+        False,
+        description="ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding",
+    )
     states: Literal["keep", "sqrt", "offload"] = Field(
         "keep",
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "

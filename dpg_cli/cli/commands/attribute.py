@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpg_cli.attribution.attribute import Attribution, Request
     from dpg_cli.settings.config import Config
 
+RECIPE = "Recipe: how the target is fine-tuned"
 PLAIN_SECONDS = 10.0  # between two plain lines of progress
 
 
@@ -75,11 +76,46 @@ def attribute(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example inner.lr=1e-5 or metric.documents=64.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order in which the examples are trained on.")] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="How you trained: YAML or JSON of TRL, the transformers Trainer, axolotl or torchtune. docs/recipes.md.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=RECIPE)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch.", rich_help_panel=RECIPE)] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(min=1, help="Batches of an optimiser step.", rich_help_panel=RECIPE)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", rich_help_panel=RECIPE)] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="constant, linear, cosine, restarts, polynomial, inverse-sqrt or stable-decay.", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Warm-up steps, or below 1 their share of all steps.", rich_help_panel=RECIPE)
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Clip gradients to this global norm; 0: never.", rich_help_panel=RECIPE)
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rank of adapters, which alone are trained; 0: all weights.", rich_help_panel=RECIPE),
+    ] = None,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Ragged examples share rows: less time, the same scores.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the order in which the examples are trained on; 0, or the recipe's."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fine-tune the target on your data once, and give the exact derivative of the metric by each example and token.
+    """Fine-tune the target on your data as you did, and give the exact derivative of the metric by each example and token.
 
     A positive score helps the metric. The scores of all examples go to --out; the extremes are shown.
 
@@ -91,21 +127,38 @@ def attribute(
 
         dpg attribute chats.parquet:messages --target ./instruct-model --eval-text heldout.txt --memory sqrt
 
-        dpg attribute notes.txt --language es --set inner.lr=1e-5
+        dpg attribute notes.txt --language es --epochs 3 --schedule cosine --warmup 0.05 --max-grad-norm 1
+
+        dpg attribute sft.jsonl --target ./model --eval-text heldout.jsonl --recipe sft_config.yaml
     """
     from dpg_cli.attribution.attribute import Request, as_json
     from dpg_cli.attribution.attribute import attribute as run_attribution
+    from dpg_cli.recipes import read_recipe
 
     options = _metric(metric, language, eval_text, overrides or [], bool(show))
-    inner = {"states": memory, "max_length": max_length, "precision": precision}
+    inner = {
+        "states": memory,
+        "max_length": max_length,
+        "precision": precision,
+        "lr": lr,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "epochs": epochs,
+        "schedule": schedule,
+        "warmup": warmup,
+        "max_grad_norm": max_grad_norm,
+        "packing": packing or None,
+    }
     flags = {
-        "seed": seed,
         "device": device,
         "models": {"target": target},
         "metric": options,
         "inner": {key: value for key, value in inner.items() if value is not None},
+        **({} if seed is None else {"seed": seed}),
+        **({} if lora is None else {"lora": {"rank": lora}}),
     }
-    config = _settings(flags, overrides or [])
+    understood = None if recipe is None else read_recipe(recipe)
+    config = _settings(flags, overrides or [], {} if understood is None else understood.settings)
     request = Request(
         data=data,
         out=out,
@@ -122,6 +175,9 @@ def attribute(
         _show_rows(config, request, show)
         return
     with _Display() as display:
+        if understood is not None:
+            for line in understood.text().splitlines():
+                display.note(line)
         result = run_attribution(
             config, request, on_stage=display.stage, on_note=display.note, on_progress=display.progress
         )
@@ -158,12 +214,12 @@ def _metric(
     return options
 
 
-def _settings(flags: dict[str, Any], overrides: list[str]) -> Config:
-    """The settings of an attribution."""
+def _settings(flags: dict[str, Any], overrides: list[str], recipe: dict[str, Any]) -> Config:
+    """The settings of an attribution: defaults, then those of a recipe, then flags, then overrides."""
     from dpg_cli.attribution.attribute import DEFAULTS
     from dpg_cli.settings.presets import merge, resolve
 
-    return resolve(merge(DEFAULTS, {"metric": {"name": flags["metric"]["name"]}}), overrides, flags)
+    return resolve(merge(merge(DEFAULTS, {"metric": {"name": flags["metric"]["name"]}}), recipe), overrides, flags)
 
 
 def _choice(flag: str, value: str, known: tuple[str, ...]) -> str:
@@ -233,6 +289,8 @@ def _show(result: Attribution, out: Path) -> None:
         f"Metric: {result.metric}. Φ {result.value_before:.4f} -> {result.value:.4f} ({measures}).",
         result.epsilon[0].upper() + result.epsilon[1:],
     ]
+    if result.clipped_share is not None:
+        lines.append(f"The gradient was clipped on {result.clipped_share:.0%} of the steps.")
     if result.precision_error is not None:
         lines.append(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
     memory = "" if result.peak_memory_mb is None else f", {result.peak_memory_mb:,.0f} MB at the peak"
