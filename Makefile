@@ -8,7 +8,7 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test lint bench study docs model model-prose clean
+.PHONY: help setup demo test zoo lint bench study docs model model-prose clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ demo: $(STAMP)  ## train the generator on the embedded default, verify with stoc
 # a process for each core with one thread each: small operations gain nothing by a second thread
 test: $(STAMP)  ## all tests that CI needs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+zoo: $(STAMP)  ## every architecture, tied and untied, every data weight, AdamW and SGD, against stock PyTorch
+	ZOO_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist load tests/zoo
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

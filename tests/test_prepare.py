@@ -137,8 +137,11 @@ def test_peft_without_adapters_is_its_base_and_prompts_are_refused() -> None:
     peft = pytest.importorskip("peft")
     base = tiny_model("llama")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    model.peft_config.clear()
-    assert unwrap(model) is model.get_base_model()
+    model.delete_adapter("default")
+    assert not model.peft_config
+    assert unwrap(model) is base
+    base.requires_grad_(True)  # PEFT has frozen it
+    assert set(attribution(model).final) == {name for name, _ in base.named_parameters()}
     prompt = peft.get_peft_model(
         tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )

@@ -122,7 +122,8 @@ def metagradient(
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
-        trace = inner_run(run, read(), examples, recipe, weights, None, progress, memory, read, True, plan)
+        remember = run.second_order == "dual"
+        trace = inner_run(run, read(), examples, recipe, weights, None, progress, memory, read, remember, plan)
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)

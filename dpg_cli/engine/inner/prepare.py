@@ -93,7 +93,7 @@ def _peft(model: Any) -> nn.Module:
     """A PEFT model: its base where it has no adapters, itself where they are weights beside the base's."""
     config = getattr(model, "peft_config", None) or {}
     if not config:
-        return model.get_base_model()
+        return getattr(model.base_model, "model", model.base_model)
     for name, adapter in config.items():
         if getattr(adapter, "is_prompt_learning", False):
             raise UsageError(

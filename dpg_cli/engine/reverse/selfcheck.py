@@ -177,7 +177,7 @@ def look(run: TargetRun, theta: Tensor, piece: Examples) -> frozenset[str]:
     """
     ids = piece.ids_N_S
     kind = type(run.model).__name__
-    leaves = run.leaves(theta, torch.zeros_like(theta))
+    leaves: dict[str, Tensor] = {name: nn.Parameter(view.detach()) for name, view in run.space.views(theta).items()}
     touched = Touched(leaves)
     with Unwritten(run.model, theta), torch.enable_grad(), touched:
         logits = logits_of(run.model, leaves, piece, run.masked)
@@ -240,14 +240,13 @@ def _try(run: TargetRun, theta: Tensor, piece: Examples, need_hvp: bool, faults:
     """A finding, or None with a fault more."""
     weights = theta.new_ones(len(piece))
     grad, _ = loss_gradient(run, theta, piece, weights)
-    # every tensor of the model weighs the same in <d, g> = Σ |g_k|
-    direction = torch.zeros_like(grad)
-    total = 0.0
-    for to, part in zip(direction.split(run.space.sizes), grad.split(run.space.sizes), strict=True):
+    # every tensor of the model weighs the same in <d, g> = Σ |g_k|; d is written over g
+    direction, total = grad, 0.0
+    for part in direction.split(run.space.sizes):
         length = float(torch.linalg.vector_norm(part))
         total += length
         if length > 0:
-            torch.div(part, length, out=to)
+            part.div_(length)
     del grad
     if not (total > 0 and total < float("inf")):
         return Finding()  # nothing to compare; the run itself says what is not finite
