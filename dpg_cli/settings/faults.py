@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -22,7 +22,8 @@ def keys_of(section: type[BaseModel], metric: str = "", prefix: str = "") -> lis
     """
     found: list[str] = []
     for name, field in section.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
+        listed = get_origin(field.annotation) in (list, tuple, dict)  # keys of an entry are no settings by themselves
+        kinds = [] if listed else [field.annotation, *get_args(field.annotation)]
         kinds += [part for kind in kinds for part in get_args(kind)]
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         found.append(prefix + name)
@@ -71,6 +72,8 @@ def unknown(key: str, schema: type[BaseModel], metric: str) -> str:
         schema: of all settings.
         metric: the one that the settings ask for, "" where that is not known.
     """
+    if any(part.isdigit() for part in key.split(".")):  # in an entry of a list
+        return "unknown setting"
     keys = keys_of(schema, metric)
     if metric and key in keys_of(schema):
         return f"unknown setting; another metric than {metric} has it"
