@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dpg_cli.evidence.fluency.auc import Auc, Scores, auc, grouped
 from dpg_cli.evidence.fluency.classifier import FOLDS, cross_validated
 from dpg_cli.evidence.fluency.nats import Comparison, Cost
 from dpg_cli.evidence.fluency.rows import Side
+from dpg_cli.runs.verdict import Verdict
 
 MANY = 100  # examples of a group
 FEWEST = 50  # rows of each dataset that a classifier needs
@@ -109,28 +110,6 @@ class Fluency:
         found += self.notes
         judged, more = self.examples, f"{self.examples[0]:,} and {self.examples[1]:,}"
         return [f"How it reads, from {f'{judged[0]:,}' if len(set(judged)) == 1 else more} examples of each", *found]
-
-
-class Verdict(Protocol):
-    """What `evidence/verify.py` comes to."""
-
-    @property
-    def verified(self) -> bool:
-        """Whether the data shows the effect and the control does not."""
-        ...
-
-    @property
-    def reason(self) -> str:
-        """Why not."""
-        ...
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        ...
-
-    def lines(self) -> list[str]:
-        """For people."""
-        ...
 
 
 @dataclass(frozen=True)
