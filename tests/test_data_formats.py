@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from dpg_cli.data.formats.base import Format, ListedRows, Rows
 from dpg_cli.data.formats.parquet import ParquetRows
 from dpg_cli.data.sources import Source, absolute, open_rows, parse
 from dpg_cli.errors import UsageError
+
+# the worked example of CONTRIBUTING, registered as a format of the house would be
+formats.FORMATS += (runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "asv.py"))["ASV"],)
 
 ROWS = [
     {"text": "one", "label": "x"},
@@ -59,12 +63,16 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {  # format -> (suffix, the 
     "JSON array": (".json", lambda: json.dumps(ROWS, indent=1).encode()),
     "CSV": (".csv", lambda: quoted(ROWS, ",").encode()),
     "TSV": (".tsv", lambda: quoted(ROWS, "\t").encode()),
+    "ASV": (
+        ".asv",
+        lambda: "".join("\x1f".join(cells) + "\x1e" for cells in [ROWS[0], *map(dict.values, ROWS)]).encode(),
+    ),
     "parquet": (".parquet", lambda: parquet(pa.string())),
     "parquet, large": (".parquet", lambda: parquet(pa.large_string())),
     "parquet, views": (".parquet", lambda: parquet(pa.string_view())),
     "parquet, dictionary": (".parquet", lambda: parquet(pa.dictionary(pa.int32(), pa.string()))),
 }
-SNIFFED = {name for name in CASES if name not in ("CSV", "TSV")}  # told by their content where no name tells
+SNIFFED = {name for name in CASES if name not in ("CSV", "TSV", "ASV")}  # told by their content where no name tells
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": lambda data: gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :]),  # two members
