@@ -311,6 +311,21 @@ def test_models_that_a_run_left_are_read_as_strictly(role: str, damage: str, don
         assert isinstance(caught.value, ModelError)
 
 
+def test_a_checkpoint_of_trls_is_read_as_strictly(tmp_path: Path) -> None:
+    """transformers' trainer warns of missing weights, and trains on."""
+    pytest.importorskip("trl", reason="the extra `trl` is not installed")
+    from dpg_cli.driver.trl.trainer import require_whole
+
+    folder = saved(make("gpt2"), tmp_path / "checkpoint-4")
+    require_whole(folder)
+    reweighted(folder, lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(UsageError, match=r"checkpoint-4 do not fit.*Remove that checkpoint"):
+        require_whole(folder)
+    (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"cut short or damaged.*Remove that checkpoint"):
+        require_whole(folder)
+
+
 def test_the_tokenisers_class_is_not_in_the_way(tmp_path: Path) -> None:
     """A tokeniser saved again by this transformers is the same one."""
     folder = saved(make("llama"), tmp_path / "model")

@@ -198,9 +198,12 @@ def continued(
     require_same(folder, config, by_name=not known)
     found = read_info(folder)[0].fingerprints or fingerprints(built)
     if config.trainer == "trl":
-        from dpg_cli.driver.trl.trainer import newest_step
+        from dpg_cli.driver.trl.trainer import newest_step, require_whole
 
-        step, _ = newest_step(folder.trl, config)
+        step, last = newest_step(folder.trl, config)
+        if last is not None:
+            with quiet_transformers():
+                require_whole(last)
         on_stage(f"going on after outer step {step} of {config.steps}" if step else "no checkpoint yet: beginning anew")
         dropped = folder.rewind_metrics(folder.metrics_size(step))
         journal = Journal(folder, config, str(built.device), command, step, dropped, built.players.ranks.world)

@@ -28,7 +28,9 @@ from dpg_cli.engine.loop import StepReport
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import UsageError
 from dpg_cli.integrations.trl import MetagradientReward, RewardedBatch
+from dpg_cli.models.folder import ModelError, examine
 from dpg_cli.models.loading import quiet_transformers
+from dpg_cli.models.strict import load_strictly
 from dpg_cli.models.template import DATE
 from dpg_cli.settings.config import Config
 
@@ -52,6 +54,18 @@ def newest_step(folder: Path, config: Config) -> tuple[int, Path | None]:
     found = [(int(match[1]), path) for path in _entries(folder) if (match := _CHECKPOINT.fullmatch(path.name))]
     whole = [(step, path) for step, path in sorted(found) if (path / "trainer_state.json").is_file()]
     return (whole[-1][0] // steps_per_outer(config), whole[-1][1]) if whole else (0, None)
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint of TRL's whose weights are not all there: its trainer would go on with what it finds.
+
+    Raises:
+        UsageError: with the cause.
+    """
+    try:
+        load_strictly(examine(str(checkpoint), checkpoint), torch.float32)
+    except ModelError as error:
+        raise UsageError(error.cause, "Remove that checkpoint to go on from the one before it.") from error
 
 
 def _entries(folder: Path) -> list[Path]:
