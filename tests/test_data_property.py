@@ -123,7 +123,9 @@ def test_examples_are_the_stock_ones(tmp_path_factory: pytest.TempPathFactory, d
     for row, mine, (ids, label) in zip((rows[n] for n in full), found.rows, stock, strict=True):
         note(f"{row!r} {ids} {label} {mine}")
         assert mine.ids == ids
-        if mine.straddles and tokenizer.is_fast:  # TRL goes by tokens that are alike; here by the token of the completion's first character
+        if (
+            mine.straddles and tokenizer.is_fast
+        ):  # TRL goes by tokens that are alike; here by the token of the completion's first character
             first = mine.label.index(True)
             assert mine.label == [place >= first for place in range(len(ids))]
             if kind == "pair":

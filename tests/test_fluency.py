@@ -261,9 +261,9 @@ def test_rows_of_any_kind_of_file(tmp_path: Path, tiny: LanguageModel, monkeypat
 @pytest.mark.parametrize(("rows", "said"), [
     ([{"text": "a"}], "has no column 'token_ids' or 'input_ids'; it has text. Give --tokenizer MODEL"),
     ([{"x": "a"}], "has no column 'token_ids' or 'input_ids'; it has x. Name a column"),
-    ([{"token_ids": [1]}, {"token_ids": ["a"]}], "row 2: 'token_ids' holds no token ids"),
-    ([{"token_ids": [1]}, {"token_ids": [-1]}], "row 2: 'token_ids' holds no token ids"),
-    ([{"token_ids": [1]}, {"token_ids": [2**40]}], "row 2: 'token_ids' holds no token ids"),
+    ([{"token_ids": [1]}, {"token_ids": ["a"]}], "line 2: 'token_ids' holds no token ids"),
+    ([{"token_ids": [1]}, {"token_ids": [-1]}], "line 2: 'token_ids' holds no token ids"),
+    ([{"token_ids": [1]}, {"token_ids": [2**40]}], "line 2: 'token_ids' holds no token ids"),
     ([{"token_ids": []}], "has no tokens to compare"),
     ([{"input_ids": [1]}], "no column of token ids in common"),
 ])  # fmt: skip
