@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_parquet_holds_every_value_and_marks_its_schema(run: Path, dpg: Any, tmp
     assert table.to_pylist() == [{**row, "provenance": PROVENANCE["train"]} for row in source_rows(run)]
     assert json.loads(table.schema.metadata[b"dpg"])["synthetic"] is True
     assert json.loads(pq.read_schema(run / "dataset" / "train.parquet").metadata[b"dpg"])["synthetic"] is True
+
+
+@pytest.mark.parametrize("form", ["jsonl", "chat", "parquet"])
+def test_ids_beyond_the_tokeniser_are_counted(form: str, run: Path, dpg: Any, tmp_path: Path) -> None:
+    """A run of a model with a padded vocabulary, made when its padding could still be drawn."""
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    path = old / "dataset" / "train.parquet"
+    table = pq.read_table(path)
+    ids = table["token_ids"].to_pylist()
+    ids[1] = [*ids[1], 512, 5000]
+    ids[3] = [99999, *ids[3]]
+    place = table.schema.get_field_index("token_ids")
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(ids, table.schema.field(place).type)), path
+    )
+    words = "3 tokens in 2 rows have no text"
+    said = export(dpg, old, "--format", form, "--out", tmp_path / f"a.{'parquet' if form == 'parquet' else 'jsonl'}")
+    assert words in said["note"]
+    assert words in Path(said["card"]).read_text(encoding="utf-8")
+    assert (
+        export(dpg, run, "--format", form, "--out", tmp_path / f"b.{'parquet' if form == 'parquet' else 'jsonl'}")[
+            "note"
+        ]
+        == ""
+    )
 
 
 def test_datasets_folder_loads_from_disk(run: Path, dpg: Any, tmp_path: Path) -> None:

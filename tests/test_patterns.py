@@ -250,6 +250,29 @@ def test_modes_and_formats(folder: Path) -> None:
         assert_same(read(folder, brown, ending), dark)
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L", "16 bits", "webp", "gif"])
+def test_what_is_transparent_is_white(kind: str, folder: Path) -> None:
+    """Ink on nothing, in every way that a picture can have of nothing: an alpha channel, a colour, a palette's entry."""
+    dark = np.kron(np.array([[1, 0, 1], [0, 1, 0], [1, 1, 0]], bool), np.ones((4, 4), bool))
+    black, ink, alpha = np.zeros(dark.shape, np.uint8), np.where(dark, 0, 9).astype(np.uint8), np.uint8(255) * dark
+    palette = Image.fromarray(dark.astype(np.uint8), "P")
+    palette.putpalette([0] * 768)
+    rgba = Image.fromarray(np.dstack([black, black, black, alpha]), "RGBA")
+    picture, options = {
+        "RGBA": (rgba, {}),
+        "LA": (Image.fromarray(np.dstack([black, alpha]), "LA"), {}),
+        "P": (palette, {"transparency": 0}),
+        "RGB": (Image.fromarray(np.dstack([ink, black, black]), "RGB"), {"transparency": (9, 0, 0)}),
+        "L": (Image.fromarray(ink, "L"), {"transparency": 9}),
+        "16 bits": (Image.fromarray(ink.astype(np.uint16)), {"transparency": 9}),
+        "webp": (rgba, {"lossless": True, "exact": True}),
+        "gif": (palette, {"transparency": 0}),
+    }[kind]
+    path = folder / f"clear.{kind if kind in ('webp', 'gif') else 'png'}"
+    picture.save(path, **options)
+    assert (pattern_from_image(path, max_rows=9, max_cols=9).signs == np.where(dark[::4, ::4], 1, -1)).all()
+
+
 def test_phone_pictures_of_several_frames(folder: Path) -> None:
     dark = matrix(PAYLOAD, 2)
     draw(dark).convert("RGB").save(folder / "p.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (50, 50))])

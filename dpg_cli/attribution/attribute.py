@@ -285,7 +285,7 @@ def against_gradient(inner: InnerConfig, median: float) -> str:
     )
     if answers >= 0.1:
         return f"{said}."
-    return f"{said}; AdamW is nearly sign(g), and scores fade. Try --set inner.eps={median:.0e}."
+    return f"{said}; AdamW is nearly sign(g), and scores fade. Try --set inner.eps={median:.0e}"
 
 
 def pieces(target: LanguageModel, ids: list[int]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import jinja2
 
-from dpg_cli.data.shapes import Chat, Fault, Message
+from dpg_cli.data.shapes import Chat, Fault, Message, sound
 from dpg_cli.errors import UsageError
 from dpg_cli.models.template import DATE
 
@@ -124,7 +124,7 @@ class ChatTemplate:
         """A conversation as text, token ids, mask and offsets, by the template's own marks, as stock training takes them."""
         options = {"tokenizer_kwargs": {"return_offsets_mapping": True}, "return_assistant_tokens_mask": True}
         try:
-            text = self.render(chat.messages, chat=chat)
+            text = sound(self.render(chat.messages, chat=chat), "messages", fault)
             read = self.tokenizer.apply_chat_template(
                 self._formed(chat.messages), tokenize=True, return_dict=True, **options, **self._arguments(chat)
             )

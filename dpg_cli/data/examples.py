@@ -101,8 +101,8 @@ class RowEncoder:
         body, end = trained_text(item), self.tokenizer.eos_token if self.how.end else ""
         text = context + (body if body.endswith(end) else body + end)
         if isinstance(item, Text) or self.how.train_on == "all":
-            return Written(text, None, True, not self.how.begin, "", text if context else body)
-        return Written(text, [(len(context), len(text))], True, not self.how.begin, context, body)
+            return Written(text, None, not self.how.begin, None, text if context else body)
+        return Written(text, [(len(context), len(text))], not self.how.begin, context, body)
 
     def _conversation(self, chat: Chat, fault: Fault) -> Written:
         """A conversation as its template writes it."""
@@ -114,12 +114,12 @@ class RowEncoder:
         whole, spans, before = self.template.written(chat, fault, turns=self.how.train_on != "all")
         sound(whole, "messages", fault)
         if self.how.train_on == "all":
-            return Written(whole, None, True, False, "", whole)
+            return Written(whole, None, False, None, whole)
         if not spans:
             raise fault("there is no turn of the assistant to train on")
         spans = spans[-1:] if self.how.train_on == "last" else spans
         shown = "".join(whole[start:end] for start, end in spans)
-        return Written(whole, spans, chat.context is not None, False, before, shown)
+        return Written(whole, spans, False, before if chat.context is not None else None, shown)
 
     def _by_marks(self, chat: Chat, fault: Fault) -> Tokens | None:
         """A conversation masked by its template's marks; None where there are none, or they miss a turn with a content."""
@@ -128,7 +128,6 @@ class RowEncoder:
         if chat.context is not None or self.how.train_on == "all":
             return None
         text, ids, mask, offsets = self.template.marks(chat, fault)
-        sound(text, "messages", fault)
         runs = _runs(mask)
         turns = [m for m in chat.messages if m["role"] == "assistant" and (m.get("content") or m.get("tool_calls"))]
         if len(runs) < max(1, len(turns)):

@@ -372,7 +372,7 @@ def _part(part: Any, name: str, fault: Fault) -> str:
     """The text of a part of a content."""
     if isinstance(part, str):
         return part
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    text = part.get("text") if isinstance(part, dict) and part.get("type") in (None, "text") else None
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
         raise fault(f"`{name}` holds a content part ({kind!s}) that is no text; a text model reads text alone")

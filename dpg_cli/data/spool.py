@@ -42,23 +42,23 @@ def local(path: Path) -> tuple[Path, str]:
         OSError: if it cannot be read.
     """
     status = path.stat()
-    if path.is_file():
-        suffix, kind = path.suffix.lower(), COMPRESSED.get(path.suffix.lower())
-        key: tuple[int, ...] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    else:
-        suffix, kind, key = "", None, (status.st_dev, status.st_ino)
+    suffix = path.suffix.lower()
+    key: tuple[int, ...] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if not path.is_file():
+        suffix, key = "", (status.st_dev, status.st_ino)
         if key not in _KNOWN:
             _KNOWN[key] = _copied(path, path.open("rb"))
-        path = _KNOWN[key]
+        path, key = _KNOWN[key], (*key, 0)
+    kind = COMPRESSED.get(suffix)
+    if not suffix:
         with path.open("rb") as file:
             begin = file.read(4)
         kind = next((name for magic, name in MAGIC.items() if begin.startswith(magic)), None)
-        key = (*key, 0)
     if kind is None:
         return path, suffix
     if key not in _KNOWN:
         _KNOWN[key] = _copied(path, pa.input_stream(str(path), compression=kind))
-    return _KNOWN[key], Path(path.stem).suffix.lower()
+    return _KNOWN[key], Path(path.stem).suffix.lower() if suffix else ""
 
 
 def _copied(path: Path, stream: BinaryIO) -> Path:

@@ -23,17 +23,15 @@ class Written:
     Attributes:
         text: all of it.
         spans: characters that are trained on; None for all tokens.
-        to_end: the last span goes on through whatever follows it.
         special: the tokeniser adds its special tokens; a chat template has written them already.
-        context: what stands before the first span, as it would be tokenised alone; empty where nothing does.
+        context: what stands before the one span, which goes on to the end; None where spans are turns among others.
         shown: what is trained on, for people.
     """
 
     text: str
     spans: list[Span] | None
-    to_end: bool
     special: bool
-    context: str
+    context: str | None
     shown: str
 
 
@@ -71,74 +69,55 @@ def _batch(tokenizer: Any, rows: list[Written], special: bool) -> list[Tokens]:
     """Rows that get special tokens alike."""
     fast = tokenizer.is_fast
     read = tokenizer([row.text for row in rows], add_special_tokens=special, return_offsets_mapping=fast)
-    contexts = iter(_alone(tokenizer, [row.context for row in rows if row.context], special))
+    before = [row.context for row in rows if row.context is not None]
+    contexts = iter(tokenizer(before, add_special_tokens=special)["input_ids"] if before else [])
     found = []
     for place, row in enumerate(rows):
-        ids, context = read["input_ids"][place], next(contexts) if row.context else None
-        if fast:
-            label, straddles = by_offsets(row, ids, read["offset_mapping"][place], context)
+        ids = read["input_ids"][place]
+        offsets = read["offset_mapping"][place] if fast else None
+        if row.spans is None:
+            label, straddles = [True] * len(ids), False
+        elif row.context is not None:
+            label, straddles = after_context(row.spans[0][0], ids, offsets, next(contexts), tokenizer)
         else:
-            label, straddles = by_prefixes(row, ids, context, tokenizer)
+            label, straddles = within(row, ids, offsets, tokenizer)
         found.append(Tokens(ids, label, row.shown, straddles))
     return found
 
 
-def _alone(tokenizer: Any, contexts: list[str], special: bool) -> list[list[int]]:
-    """Tokens of contexts by themselves, without special tokens that the tokeniser adds at the end."""
-    if not contexts:
-        return []
-    read = tokenizer(contexts, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast)
-    ends, found = set(tokenizer.all_special_ids) if special else set(), []
-    for place, ids in enumerate(read["input_ids"]):
-        size = len(ids)
-        while (
-            size
-            and ids[size - 1] in ends
-            and (not tokenizer.is_fast or read["offset_mapping"][place][size - 1] == (0, 0))
-        ):
-            size -= 1
-        found.append(ids[:size])
-    return found
-
-
-def by_offsets(
-    row: Written, ids: list[int], offsets: Sequence[Span], context: list[int] | None
+def after_context(
+    seam: int, ids: list[int], offsets: Sequence[Span] | None, context: list[int], tokenizer: Any
 ) -> tuple[list[bool], bool]:
-    """Mask of a row, and whether it straddles.
+    """The mask of a context and its completion, and whether a token straddles the seam between them.
 
     Args:
-        row: as it was tokenised.
-        ids: its tokens.
-        offsets: the characters that each token comes from; (0, 0) for one that the tokeniser added.
-        context: the tokens of its context alone, None where there is none.
+        seam: characters of the context.
+        ids: tokens of the whole.
+        offsets: the characters that each comes from, (0, 0) for one that the tokeniser added; None of a tokeniser without:
+            the completion then begins where the tokens of the whole and of the context alone differ.
+        context: tokens of the context alone, special tokens included.
+        tokenizer: knows the special tokens.
     """
-    if row.spans is None:
-        return [True] * len(ids), False
-    if row.to_end:
-        seam = row.spans[0][0]
+    alike = common(context, ids)
+    first = alike
+    if offsets is not None:
         first = next((place for place, (_, end) in enumerate(offsets) if end > seam), len(ids))
-        label = [place >= first for place in range(len(ids))]
-        return label, context is not None and ids[:first] != context
-    # a token of blanks alone may come from no character, at the place where it ends
-    label = [any(a < end and (start < b or end <= b) for a, b in row.spans) for start, end in offsets]
-    return label, any(start < a < end for a, _ in row.spans for start, end in offsets)
+    added = set(tokenizer.all_special_ids)
+    straddles = alike < first or any(token not in added for token in context[first:])
+    # Without a straddling token stock fine-tuning goes by the tokens that are alike, special ones after the context included.
+    first = first if straddles else max(first, alike)
+    return [place >= first for place in range(len(ids))], straddles
 
 
-def by_prefixes(row: Written, ids: list[int], context: list[int] | None, tokenizer: Any) -> tuple[list[bool], bool]:
-    """The same by a tokeniser that gives no offsets: a place is where the tokens of the text up to it end.
-
-    Args:
-        row, ids, context: see `by_offsets`.
-        tokenizer: tokenises the beginnings.
-    """
-    if row.spans is None:
-        return [True] * len(ids), False
-    if row.to_end:
-        first = common(context or [], ids) if row.context else 0
-        return [place >= first for place in range(len(ids))], context is not None and ids[:first] != context
-    label = [False] * len(ids)
-    straddles = False
-    for a, b in row.spans:
+def within(row: Written, ids: list[int], offsets: Sequence[Span] | None, tokenizer: Any) -> tuple[list[bool], bool]:
+    """The mask of some spans of a row, and whether a token straddles the beginning of one; see `after_context`."""
+    spans = row.spans or []
+    if offsets is not None:
+        # a token of blanks alone may come from no character, at the place where it ends
+        label = [any(a < end and (start < b or end <= b) for a, b in spans) for start, end in offsets]
+        return label, any(start < a < end for a, _ in spans for start, end in offsets)
+    label, straddles = [False] * len(ids), False
+    for a, b in spans:
         begin, end = (tokenizer(row.text[:place], add_special_tokens=row.special)["input_ids"] for place in (a, b))
         first, last = common(begin, ids), common(end, ids)
         straddles = straddles or first < len(begin)

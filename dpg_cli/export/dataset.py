@@ -22,6 +22,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.escape import code_span, pasted
 from dpg_cli.export.destination import check_out, into
 from dpg_cli.export.selection import Selection, check_options, select, split_rows
+from dpg_cli.export.unspoken import Unspoken
 from dpg_cli.export.writers import FORMATS, SUFFIXES, WRITERS, exported_schema, require_datasets, save_datasets
 from dpg_cli.inspection.weights import weights_of
 from dpg_cli.runs.folder import RunFolder, write_text
@@ -77,11 +78,13 @@ class Exported:
         out: where.
         card: the data card.
         rows: number of rows by split.
+        note: what to say of tokens that have no text; empty where all have one.
     """
 
     out: Path
     card: Path
     rows: dict[str, int]
+    note: str = ""
 
 
 def export_dataset(
@@ -119,22 +122,29 @@ def export_dataset(
         selection = split_rows(np.ones(request.n, dtype=bool), request.split, request.seed, words)
         schema, columns, total = SCHEMA, SCHEMA.names, request.n
         stream = new_examples(folder, config, source, request)
+    unspoken = Unspoken(folder.generator)
     with into(request.out) as temporary:
         files = _files(request, temporary, selection)
         if not request.as_file:
             next(iter(files.values())).parent.mkdir(parents=True)
         _write(
-            stream, files, selection, exported_schema(schema, columns), request, source, lambda n: progress(n, total)
+            _seen(stream, selection, unspoken),
+            files,
+            selection,
+            exported_schema(schema, columns),
+            request,
+            source,
+            lambda n: progress(n, total),
         )
         if request.format == "datasets":
             save_datasets(files, temporary, f"{PROVENANCE[source]} ({config.task}); see README.md")
             shutil.rmtree(temporary / STREAMS)
-        text = _card(folder, config, status, request, source, selection)
+        text = _card(folder, config, status, request, source, selection, unspoken.words)
         if not request.as_file:
             (temporary / "README.md").write_text(text, encoding="utf-8")
         else:
             write_text(card, text)
-    return Exported(request.out, card, selection.counts)
+    return Exported(request.out, card, selection.counts, unspoken.words)
 
 
 def check_request(request: DatasetRequest) -> Source:
@@ -214,6 +224,15 @@ def _files(request: DatasetRequest, place: Path, selection: Selection) -> dict[s
     return {split: place / f"{split}{SUFFIXES[request.format][0]}" for split in selection.counts}
 
 
+def _seen(stream: Iterator[pa.RecordBatch], selection: Selection, unspoken: Unspoken) -> Iterator[pa.RecordBatch]:
+    """The same batches; tokens without a text are counted in the rows that are kept."""
+    done = 0
+    for batch in stream:
+        unspoken.see(batch.filter(pa.array(selection.keep[done : done + batch.num_rows])))
+        done += batch.num_rows
+        yield batch
+
+
 def _write(
     stream: Iterator[pa.RecordBatch],
     files: dict[str, Path],
@@ -239,7 +258,13 @@ def _write(
 
 
 def _card(
-    folder: RunFolder, config: Config, status: Status, request: DatasetRequest, source: Source, selection: Selection
+    folder: RunFolder,
+    config: Config,
+    status: Status,
+    request: DatasetRequest,
+    source: Source,
+    selection: Selection,
+    note: str,
 ) -> str:
     """The data card of the export."""
     configs: list[dict[str, Any]] = []
@@ -257,6 +282,6 @@ def _card(
         mark += "; so does the metadata of the schema (key `dpg`)"
     elif request.format == "datasets":
         mark += "; so does the `description` of the dataset"
-    rows = Rows(selection.counts, configs, source, columns, selection.words, mark)
+    rows = Rows(selection.counts, configs, source, columns, f"{selection.words} {note}".strip(), mark)
     results = Results(status.measures, status.control, status.verified)
     return dataset_card(config, effect_of(config, folder.pattern, status.effect), results, rows)

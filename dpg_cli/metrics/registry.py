@@ -69,7 +69,7 @@ def text_loss(options: TextLossOptions, target: LanguageModel) -> TextLossMetric
     Raises:
         UsageError: if they cannot be read, have nothing that counts, or are longer than the target's context.
     """
-    if not options.file:
+    if options.file in ("", "prose"):
         texts, about = held_out(options)
         return TextLossMetric(target.model, encode(texts, target), about)
     source, encoder = _source(options), RowEncoder(target)

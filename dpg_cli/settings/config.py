@@ -62,7 +62,7 @@ class PromptsConfig(Section):
 
     source: str = Field(
         "tiny",
-        description="`tiny`, `prose`, `empty`, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+        description="`tiny`, `prose`, `empty`, a file of rows (FILE:COLUMN), a datasets folder, or a hub dataset "
         "(OWNER/NAME@CONFIG#SPLIT:COLUMN)",
     )
     per_step: PositiveInt = Field(64, description="P: prompts an outer step")

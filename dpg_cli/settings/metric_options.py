@@ -82,7 +82,7 @@ class TextLossOptions(Section):
     )
     file: str = Field(
         "",
-        description="`prose`, a text, JSONL or parquet file, datasets folder or hub dataset, or lm-eval:TASK; with a language, "
+        description="`prose`, a file of rows, datasets folder or hub dataset (docs/data.md), or lm-eval:TASK; with a language, "
         "{language} in it stands for that, and verification looks for that language",
     )
     text: str = Field("", description="one document")

@@ -158,7 +158,8 @@ def attribute(
         **({} if lora is None else {"lora": {"rank": lora}}),
     }
     understood = None if recipe is None else read_recipe(recipe)
-    config = _settings(flags, overrides or [], {} if understood is None else understood.settings)
+    ours = [text for text in overrides or [] if not (show and text.startswith("metric."))]
+    config = _settings(flags, ours, {} if understood is None else understood.settings)
     request = Request(
         data=data,
         out=out,

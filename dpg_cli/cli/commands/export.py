@@ -60,8 +60,8 @@ def dataset(
     exported = export_dataset(RunFolder.open(run), request, _Progress())
     rows = ", ".join(f"{name} {count:,}" for name, count in exported.rows.items())
     _said(
-        {"out": str(exported.out), "card": str(exported.card), "rows": exported.rows},
-        f"{exported.out}: {rows} rows. Card: {exported.card}",
+        {"out": str(exported.out), "card": str(exported.card), "rows": exported.rows, "note": exported.note},
+        f"{exported.out}: {rows} rows. Card: {exported.card}" + (f" {exported.note}" if exported.note else ""),
         as_json,
     )
 

@@ -71,7 +71,7 @@ def run(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="tiny, prose, empty, a text, JSONL or parquet file (FILE:COLUMN), a datasets folder, or a hub dataset "
+            help="tiny, prose, empty, a file of rows (FILE:COLUMN; docs/data.md), a datasets folder, or a hub dataset "
             "(OWNER/NAME@CONFIG#SPLIT:COLUMN).",
             rich_help_panel=_OWN,
         ),
