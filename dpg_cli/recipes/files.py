@@ -15,10 +15,7 @@ from dpg_cli.settings.config import DEEPEST, depth
 
 LARGEST = 1_000_000  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
-SAVE = (
-    "Where you trust it: python -c \"import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())\" "
-    "> recipe.json"
-)
+SAVE = "Write it as JSON where the training runs: pathlib.Path('recipe.json').write_text(trainer.args.to_json_string())"
 FORMATS = (torchtune, axolotl, trl)  # in the order in which they are told apart
 
 
