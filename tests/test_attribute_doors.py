@@ -315,3 +315,9 @@ def test_the_summary_says_what_to_know(data: Path, tmp_path: Path) -> None:
     assert "1 row is cut to the longest length" in notes
     for flag, words in (("--keep", "middle"), ("--train-on", "first")):
         assert f"{flag} {words} is no choice" in refusal(data, *EVAL, flag, words)
+
+
+def test_a_dry_run_says_how_rough_its_time_is() -> None:
+    answer = CliRunner().invoke(app, ["run", "l2-shrink", "--dry-run", "--set", "prompts.per_step=4"])
+    assert answer.exit_code == 0, answer.output
+    assert "times are right to a factor of 2 either way" in answer.stdout

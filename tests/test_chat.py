@@ -141,3 +141,38 @@ def test_lengths_are_checked_with_all_that_is_put_around(folders: dict[str, Path
         build(validate({**base, "inner": {"max_length": 161}}))
     with pytest.raises(UsageError, match=r"different tokenisers.*credit\.mode=token"):
         build(validate({**base, "credit": {"mode": "expected"}}))
+
+
+def test_a_run_says_how_prompts_and_held_out_texts_were_understood(folders: dict[str, Path], tmp_path: Path) -> None:
+    """One line each, on the screen and in run.json; the day that the template is given, too."""
+    (tmp_path / "ask.jsonl").write_text(
+        '{"question": "the cat?", "answer": "a boat"}\n{"question": "a dog?", "answer": "no"}\n'
+    )
+    (tmp_path / "held.jsonl").write_text('{"prompt": "the old cat", "completion": " sees a boat."}\n')
+    built = build(
+        validate(
+            {
+                "models": {"generator": str(folders["llama"]), "target": str(folders["gpt2"])},
+                "metric": {"name": "text-loss", "file": str(tmp_path / "held.jsonl")},
+                "prompts": {"source": str(tmp_path / "ask.jsonl"), "per_step": 2},
+                "credit": {"mode": "token"},
+                "rollout": {"max_tokens": 8},
+            }
+        )
+    )
+    prompts, held, date = built.notes
+    assert prompts == f"{tmp_path / 'ask.jsonl'}: 2 rows (JSON lines), prompt: question"
+    assert held.startswith(f"{tmp_path / 'held.jsonl'}: 1 row (JSON lines), trained: completion, context: prompt, ")
+    assert date == "the chat template asks for today's date and is given 26 Jul 2024"
+
+
+def test_trl_writes_prompts_on_the_same_day(llama: LanguageModel) -> None:
+    from dpg_cli.driver.trl.trainer import fixed_date
+
+    own = llama.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    with pytest.raises(RuntimeError, match="stop"), fixed_date(llama.tokenizer):
+        text = llama.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        assert text == "26 Jul 2024: hi"
+        assert text == prompt_format(llama.tokenizer, "x", "always", "", 0).write(["hi"])[0]
+        raise RuntimeError("stop")
+    assert llama.tokenizer.chat_template == own

@@ -256,7 +256,7 @@ def test_pools_leave_blank_lines_out_and_refuse_a_bad_row_when_they_are_opened(t
     (tmp_path / "blank.txt").write_text("\n  \n")
     with pytest.raises(UsageError, match="are all blank"):
         load_prompts(str(tmp_path / "blank.txt"))
-    with pytest.raises(UsageError, match="--prompts tiny, empty, a file"):
+    with pytest.raises(UsageError, match="--prompts tiny, prose, empty, a file"):
         load_prompts("none.txt")
 
 

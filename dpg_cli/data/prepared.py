@@ -72,7 +72,7 @@ class Understood:
         context = f", context: {self.context}" if self.context else ""
         rest = ", ".join(self.left_out[:NAMED]) + (", ..." if len(self.left_out) > NAMED else "")
         return (
-            f"{self.source}: {self.rows:,} rows ({self.kind}), trained: {self.trained}{context}, "
+            f"{self.source}: {self.rows:,} {'row' if self.rows == 1 else 'rows'} ({self.kind}), trained: {self.trained}{context}, "
             f"{self.trained_tokens:,} of {self.tokens:,} tokens count" + (f"; not read: {rest}" if rest else "")
         )
 
