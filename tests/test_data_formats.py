@@ -72,7 +72,8 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {  # format -> (suffix, the 
     "parquet, views": (".parquet", lambda: parquet(pa.string_view())),
     "parquet, dictionary": (".parquet", lambda: parquet(pa.dictionary(pa.int32(), pa.string()))),
 }
-SNIFFED = {name for name in CASES if name not in ("CSV", "TSV", "ASV")}  # told by their content where no name tells
+TOLD = {suffix for known in formats.FORMATS if known.sniff for suffix in known.suffixes}
+SNIFFED = {name for name, (suffix, _) in CASES.items() if suffix in TOLD}  # told by their content where no name tells
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": lambda data: gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :]),  # two members

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.inner.optimizers import Elementwise, OptimizerSpec, Rate, State, register
+from dpg_cli.engine.inner.optimizers.base import OptimizerSpec, Rate, State, register
+from dpg_cli.engine.inner.optimizers.elementwise import Elementwise
 
 
 class SmoothSign(Elementwise):

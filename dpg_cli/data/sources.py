@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpg_cli.data.formats import SUFFIXES, open_file
+from dpg_cli.data.formats import FORMATS, SUFFIXES, open_file
 from dpg_cli.data.formats.base import Head, ListedRows, Row, Rows
 from dpg_cli.data.spool import COMPRESSED, local
 from dpg_cli.errors import UsageError
@@ -99,15 +99,14 @@ def open_rows(source: str, *, split: str, what: str, flag: str, limit: int = 0) 
         else:
             rows = _hub(parsed, split, limit)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        remedy = (
-            f"Give {flag} a file (text, JSON, CSV, TSV, parquet), a datasets folder, or OWNER/NAME of a hub dataset."
-        )
+        endings = ", ".join(known.suffixes[0] for known in FORMATS)
+        remedy = f"Give {flag} a file ({endings}), a datasets folder, or OWNER/NAME of a hub dataset."
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"The {what} {source} cannot be read: {reason}.", remedy) from None
     if parsed.column and not rows.named:
         raise UsageError(
             f"{source} asks for the column {parsed.column!r}, and {rows.kind} have no columns.",
-            "Leave it out, or give JSON, CSV, TSV or parquet.",
+            "Leave it out, or give a file whose format has columns.",
         )
     if not len(rows):
         raise UsageError(f"The {what} {source} are empty.", "Give at least one row.")
