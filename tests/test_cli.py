@@ -265,7 +265,7 @@ def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
         (["run", "qr-embed", "--patch-origin=-1,-1"], "--patch-origin '-1,-1' is negative."),
         (
             ["run", "--config", "partial.toml"],
-            "partial.toml names no task. Name it: dpg run TASK --config partial.toml.",
+            "partial.toml names no task. Name it: dpg run TASK --config partial.toml",
         ),
         (["run", "l2-shrink", "--parameter", "lm_head.wieght"], "Did you mean lm_head.weight?"),
         (["run", "qr-embed", "--text", "x" * 4000], "shorten the text."),

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent / "dpg_cli"
 KNOWN = "|".join(typer.main.get_command(app).commands)
 STARTS = re.compile(rf"(?:(?<=^)|(?<=[ `(]))(dpg (?:{KNOWN})|pip install|python -[mc]|hf auth)(?= |$|`)")
 QUOTED = {"pasted", "command", "quote", "pickle_remedy"}  # what puts a value into a command
-PLAIN = {"run", "extra", "name", "role", "only", "steps", "seed"}  # quoted already, numbers, or names of ours
+PLAIN = {"again", "run", "extra", "name", "role", "only", "steps", "seed"}  # quoted already, numbers, or names of ours
 HOLE = "\x00"  # where a message has a value
 
 
@@ -109,7 +109,7 @@ def test_every_printed_command_parses() -> None:
             faults.append(f"{where}: something clings to the end of {said!r}")
         if not said.startswith("dpg "):
             continue
-        words = shlex.split(said.replace(f"--{HOLE}", "--target").replace(HOLE, "x"))[1:]
+        words = shlex.split(said.replace(f"--{HOLE}", "--target").replace(f"{HOLE}--", "--").replace(HOLE, "x"))[1:]
         if ticked and len(words) <= 2 and all(word.isalpha() for word in words):
             words = [*words, "--help"]  # a command's name
         try:

@@ -336,7 +336,7 @@ def command(then: str, source: Path, to: str, options: str = 'dtype="auto"') -> 
 
 
 def pickle_remedy(folder: Path) -> str:
-    """What to do with a folder whose weights are a pickle."""
+    """What to do with a folder of pickled weights."""
     options = 'use_safetensors=False, dtype="auto"'
     return f"If you trust it, write safetensors beside it: {command('', folder, str(folder), options)}"
 
