@@ -12,7 +12,8 @@ from builders import VOCAB, make_examples, make_target
 from torch import nn
 
 from dpg_cli.engine import OptimizerSpec
-from dpg_cli.engine.noise import HearsNoise, head_moments, weight_noise
+from dpg_cli.engine.generator.fisher import TokenFisher
+from dpg_cli.engine.noise import HearsNoise, PatchNoise, head_moments, patch_noise
 from dpg_cli.engine.soft import TableLabels
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.pattern import PatternMetric, predictions
@@ -20,6 +21,7 @@ from dpg_cli.patterns.pattern import Pattern
 
 WINDOW = (slice(3, 9), slice(2, 6))
 ADAMW = OptimizerSpec("adamw", lr=2e-3, eps=1e-2)
+FISHER = TokenFisher(torch.ones(1, 4, dtype=torch.float64), torch.full((1, 6), 0.1, dtype=torch.float64).__getitem__, 6)
 
 
 def world(n: int = 40):
@@ -85,14 +87,14 @@ def test_the_weights_noise_keeps_the_gradients_z(spec: OptimizerSpec) -> None:
     model, examples = world()
     moments = head_moments(model, examples, WINDOW)
     assert moments is not None
-    noise = weight_noise(moments, spec, 5000)
+    noise = patch_noise(moments, spec, 5000, 10).error_R_C
     grad = moments.mean_R_C
     moved = -0.3 * grad if spec.name == "sgd" else -spec.lr * grad / (grad.abs() + spec.eps)
     assert torch.allclose(moved / noise, -grad / moments.error(5000), rtol=1e-9)
     nothing = replace(moments, mean_R_C=torch.zeros_like(grad))
     slope = {"sgd": 0.3, "adamw": spec.lr / spec.eps}[spec.name]
     if spec.eps != 1e-8:
-        assert torch.allclose(weight_noise(nothing, spec, 5000), slope * nothing.error(5000), rtol=1e-6)
+        assert torch.allclose(patch_noise(nothing, spec, 5000, 10).error_R_C, slope * nothing.error(5000), rtol=1e-6)
 
 
 def make_metric(margin: float, sharpness: float = 2.0) -> PatternMetric:
@@ -112,7 +114,7 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     parameters[metric.head][3:9, 2:6] += 0.05 * metric.signs
     with pytest.raises(UsageError, match="standard errors"):
         metric(parameters, nn.Module())
-    metric.hear(noise, 4096, 0.0)
+    metric.hear(PatchNoise(noise, noise, FISHER, 4096))
     by_hand = -(23 * math.log1p(math.exp(2 * (3 - 5))) + math.log1p(math.exp(2 * (3 - 2.5)))) / 24
     assert float(metric(parameters, nn.Module())) == pytest.approx(by_hand, rel=1e-9)
     found = metric.measures(parameters, nn.Module())
@@ -120,7 +122,7 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     assert found["z_mean"] == pytest.approx((23 * 5 + 2.5) / 24)
     assert found["sharpness_times_change"] == pytest.approx(10.0)
     plain = make_metric(0.0)
-    plain.hear(noise, 4096, 0.0)
+    plain.hear(PatchNoise(noise, noise, FISHER, 4096))
     assert float(plain(parameters, nn.Module())) == pytest.approx(-math.log1p(math.exp(-2 * 0.05)))
 
 

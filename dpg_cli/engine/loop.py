@@ -26,7 +26,7 @@ from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.noise import HearsNoise, head_moments, head_optimizer, weight_noise
+from dpg_cli.engine.noise import Aimed, HearsNoise, head_moments, head_optimizer, patch_noise, tilt_of
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
@@ -194,7 +194,7 @@ def attribute(
     result = attribute_examples(
         players.target.model,
         examples,
-        players.metric,
+        Aimed(players.metric) if sink is not None and getattr(players.metric, "aims", False) else players.metric,
         spec.attribution,
         replace(spec.inner, ranks=players.ranks),
         group_size=rollout.group_size,
@@ -219,7 +219,7 @@ def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
         tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
         drawn = examples.soft is None or examples.drawn
         excess = spec.dataset / len(examples) if drawn else 0.0
-        metric.hear(weight_noise(moments, optimizer, tokens), spec.dataset, excess)
+        metric.hear(patch_noise(moments, optimizer, tokens, spec.dataset, excess))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
@@ -239,7 +239,7 @@ def improve(
     credit: Credit,
     labels: HeadLabels | None,
     sink: LabelGradient | None,
-    phi: float,
+    result: Metagradient,
 ) -> dict[str, float]:
     """The policy step of an outer step, and its figures."""
     if players.natural is not None and labels is not None:
@@ -247,7 +247,13 @@ def improve(
         gradient = LabelGradient.like(labels, places) if sink is None else sink
         add_advantages(gradient, labels, rollout, credit, players.ranks)
         gradient.total.mul_(int(rollout.mask_N_K.sum()) / len(places))  # of all tokens, from those that were looked at
-        return players.natural.step(labels, places, players.ranks.sum_(gradient.total), phi)
+        metric, start, aims = players.metric, None, False
+        if isinstance(metric, HearsNoise) and metric.heard is not None:
+            aims = metric.aims
+            if labels.weight.shape == players.target.head.shape:
+                start = tilt_of(metric, result.final, metric.heard, gradient.total)
+        total = players.ranks.sum_(gradient.total)
+        return players.natural.step(labels, places, total, result.value, start=start, aims=aims)
     for group in players.policy.param_groups:
         group["lr"] = spec.lr_at(step)
     return policy_step(
@@ -280,7 +286,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     clock.append(time.perf_counter())
 
     last = spec.reached(result.measures)  # then the generator stays as it was measured
-    policy = {"grad_norm": 0.0} if last else improve(players, spec, step, rollout, credit, labels, sink, result.value)
+    policy = {"grad_norm": 0.0} if last else improve(players, spec, step, rollout, credit, labels, sink, result)
     clock.append(time.perf_counter())
 
     tokens = int(rollout.mask_N_K.sum())

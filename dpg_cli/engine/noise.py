@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.generator.fisher import TokenFisher
 from dpg_cli.engine.inner.head import chunks, find_head, logits_at
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, by_matrix, initial_state, update
 from dpg_cli.engine.inner.recipe import Recipe
@@ -28,25 +29,91 @@ from dpg_cli.engine.records import Examples
 TOKENS = 65536  # that moments are taken of, at most
 
 
+@dataclass(frozen=True)
+class PatchNoise:
+    """What is known of the change of a rectangle of the LM head by one inner step.
+
+    Attributes:
+        error_R_C: its standard error at the size of the dataset, in units of the weights.
+        slope_R_C: change of a weight for a change of minus its gradient.
+        fisher: F of the rectangle's rows and columns: a tilt a of the generator's logits, a_r · h on the columns, changes minus
+            the gradient by F a.
+        examples: of the dataset.
+        excess: variance of the noise of a change that is measured, in units of that of the dataset: examples of the dataset
+            for each of an outer step with drawn labels, 0 with soft ones.
+    """
+
+    error_R_C: Tensor
+    slope_R_C: Tensor
+    fisher: TokenFisher
+    examples: int
+    excess: float = 0.0
+
+
 @runtime_checkable
 class HearsNoise(Protocol):
-    """A metric that reads a rectangle of the LM head and can use its noise."""
+    """A metric that reads a rectangle of the LM head and can use what is known of its noise."""
+
+    head: str  # name of the head's weight among the target's parameters
 
     @property
     def window(self) -> tuple[slice, slice]:
         """Rows and columns of the head."""
         ...
 
-    def hear(self, noise_R_C: Tensor, examples: int, excess: float) -> None:
-        """Take in the noise of the head's weights.
-
-        Args:
-            noise_R_C: the standard error of each weight's change at the size of the dataset, in units of the weights.
-            examples: of the dataset.
-            excess: variance of the noise of the change that is measured, in units of that of the dataset: examples of the
-                dataset for each of an outer step with drawn labels, 0 with soft ones.
-        """
+    def hear(self, noise: PatchNoise) -> None:
+        """Take it in."""
         ...
+
+    @property
+    def heard(self) -> PatchNoise | None:
+        """What was taken in last."""
+        ...
+
+    def pull(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The adjoint of the rectangle's weights, (R, C), that a policy step is to follow: ∂Φ/∂W, or what it aims at."""
+        ...
+
+    @property
+    def aims(self) -> bool:
+        """`pull` is no gradient of Φ: it asks for certain changes, and its length counts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Aimed:
+    """A metric with the value of another, whose derivative is what that one pulls by."""
+
+    metric: Any
+
+    def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+        """Φ, and a graph to the head whose gradient is `pull`."""
+        with torch.no_grad():
+            value, pull = self.metric(parameters, model), self.metric.pull(parameters)
+        patch = parameters[self.metric.head][self.metric.window]
+        return value + (pull * (patch - patch.detach())).sum()
+
+    def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
+        """Those of the metric."""
+        return self.metric.measures(parameters, model)
+
+    def describe(self) -> str:
+        """As the metric does."""
+        return self.metric.describe()
+
+
+def tilt_of(metric: HearsNoise, final: Mapping[str, Tensor], noise: PatchNoise, like_V_D: Tensor) -> Tensor:
+    """The change of a head that a natural step finds where the generator's hidden states are the target's: s ⊙ pull, (V, D).
+
+    Args:
+        metric: what pulls.
+        final: θ_T.
+        noise: of its patch.
+        like_V_D: a head of the target's shape, or with a column for a bias more.
+    """
+    tilt = torch.zeros_like(like_V_D)
+    tilt[metric.window] = (noise.slope_R_C * metric.pull(final)).to(tilt)
+    return tilt
 
 
 @dataclass(frozen=True)
@@ -56,12 +123,17 @@ class Moments:
     Attributes:
         mean_R_C: g.
         square_R_C: E of its square.
-        tokens: that it was taken of.
+        fisher: of the window's rows and columns, of the same tokens.
     """
 
     mean_R_C: Tensor
     square_R_C: Tensor
-    tokens: int
+    fisher: TokenFisher
+
+    @property
+    def tokens(self) -> int:
+        """That they were taken of."""
+        return self.fisher.tokens
 
     def error(self, tokens: float) -> Tensor:
         """σ, the standard error of g at so many tokens."""
@@ -89,7 +161,7 @@ def head_moments(
     stride = max(1, -(-labelled // most))
     some = examples.take(torch.arange(0, len(examples), stride)) if stride > 1 else examples
     mean = weight.new_zeros(rows.stop - rows.start, columns.stop - columns.start)
-    square, count = torch.zeros_like(mean), 0
+    square, reads, likely = torch.zeros_like(mean), [], []
     size = max(1, CPU_TOKENS // some.ids_N_S.shape[1])
     for start in range(0, len(some), size):
         piece = some.rows(start, start + size)
@@ -107,8 +179,11 @@ def head_moments(
             read = hidden[:, columns]
             mean.addmm_((p - q).mT, read)
             square.addmm_((p * (p - 2 * q) + q).mT, read.square())
-            count += len(hidden)
-    return Moments(mean / max(1, count), square / max(1, count), count)
+            reads.append(read)
+            likely.append(p if marked.expected is None else q)
+    count = max(1, sum(map(len, reads)))
+    fisher = TokenFisher(torch.cat(reads), torch.cat(likely).__getitem__, len(mean))
+    return Moments(mean / count, square / count, fisher)
 
 
 def head_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerSpec | None:
@@ -124,16 +199,18 @@ def head_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerSpec | None:
     return replace(recipe.optimizer, lr=rate, weight_decay=0.0) if rate > 0 else None
 
 
-def weight_noise(moments: Moments, spec: OptimizerSpec, tokens: float) -> Tensor:
-    """The standard error of each weight's change by one inner step on so many tokens.
+def patch_noise(moments: Moments, spec: OptimizerSpec, tokens: float, examples: int, excess: float = 0.0) -> PatchNoise:
+    """The noise of each weight's change by one inner step.
 
     Args:
         moments: of the head's weights.
-        spec: the inner optimiser.
+        spec: what the step does to them.
         tokens: trained tokens of the dataset.
+        examples, excess: see `PatchNoise`.
     """
     grad = moments.mean_R_C.flatten()
     floor = torch.finfo(grad.dtype).tiny ** 0.5  # where g is 0 the secant is the tangent
     grad = torch.where(grad.abs() > floor, grad, floor)
     moved = update(spec, initial_state(spec, torch.zeros_like(grad)), grad, 0, last=True).theta
-    return (moved / grad).abs().view_as(moments.mean_R_C) * moments.error(tokens)
+    slope = (moved / grad).abs().view_as(moments.mean_R_C)
+    return PatchNoise(slope * moments.error(tokens), slope, moments.fisher, examples, excess)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
+from dpg_cli.engine.noise import PatchNoise
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.head import head_name
+from dpg_cli.metrics.moments import moments_pull
 from dpg_cli.patterns.pattern import Pattern, check_fits, decode_qr
 from dpg_cli.patterns.render import render_patch
 
@@ -32,7 +34,7 @@ def predictions(scores: Tensor, examples: int, excess: float = 0.0) -> dict[str,
     Args:
         scores: z of each pixel at `examples` examples.
         examples: of the final dataset.
-        excess: see `HearsNoise`.
+        excess: see `PatchNoise`.
 
     Returns:
         Mean and least z; the expected share of right pixels, `predicted_accuracy`; and how many examples a dataset would need
@@ -61,6 +63,7 @@ class PatternMetric:
         sharpness: s, per unit of head change. Pixels with s·|ΔW| ≫ 1 that are right stop pulling.
         origin: row and column of the patch's upper-left corner.
         margin: in standard errors; 0 leaves noise out of Φ. With it, s is per standard error.
+        aims: a policy step is to bring every pixel to the margin (`moments.py`), not to follow Φ's gradient.
 
     Raises:
         UsageError: if the pattern leaves the head.
@@ -75,6 +78,7 @@ class PatternMetric:
         sharpness: float = 20.0,
         origin: tuple[int, int] = (0, 0),
         margin: float = 0.0,
+        aims: bool = False,
     ):
         self.head = head_name(model)
         self.pattern = pattern
@@ -83,8 +87,8 @@ class PatternMetric:
         self.signs = torch.tensor(pattern.signs, dtype=weight.dtype, device=weight.device)
         self.sharpness = sharpness
         self.margin = margin
-        self.noise: Tensor | None = None
-        self.heard: tuple[int, float] = (0, 0.0)
+        self.aims = aims
+        self.heard: PatchNoise | None = None
         rows, columns = self.signs.shape
         self.window = (slice(origin[0], origin[0] + rows), slice(origin[1], origin[1] + columns))
         self.before = weight.detach()[self.window].clone()
@@ -94,26 +98,42 @@ class PatternMetric:
         change = parameters[self.head][self.window] - self.before
         if not self.margin:
             return -softplus(-self.sharpness * self.signs * change).mean()
-        noise = torch.ones_like(change) if self.noise is None else self.noise.to(change)
-        if self.noise is None and bool((change != 0).any()):
+        noise = self.noise
+        if noise is None and bool((change != 0).any()):
             raise UsageError(
                 "metric.margin counts in standard errors of the patch, and these are not known here.",
                 "They need one inner step without clipping, a target with a standard LM head whose head is trained; or set "
                 "metric.margin = 0.",
             )
-        return -softplus(self.sharpness * (self.margin - self.signs * change / noise)).mean()
+        scores = change if noise is None else self.signs * change / noise.to(change)
+        return -softplus(self.sharpness * (self.margin - scores)).mean()
 
-    def hear(self, noise_R_C: Tensor, examples: int, excess: float) -> None:
-        """Take in the standard error of each weight's change at the final dataset's size; see `HearsNoise`."""
-        self.heard = examples, excess
-        floor = torch.finfo(noise_R_C.dtype).eps * float(noise_R_C.max())
-        self.noise = noise_R_C.clamp_min(floor or torch.finfo(noise_R_C.dtype).tiny)
+    def hear(self, noise: PatchNoise) -> None:
+        """Take in what is known of the patch's noise at the final dataset's size."""
+        self.heard = noise
+
+    @property
+    def noise(self) -> Tensor | None:
+        """The standard error of each weight's change at the final dataset's size, (R, C); None where it is not known."""
+        if self.heard is None:
+            return None
+        error = self.heard.error_R_C
+        floor = torch.finfo(error.dtype).eps * float(error.max())
+        return error.clamp_min(floor or torch.finfo(error.dtype).tiny)
+
+    def pull(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What a policy step follows, (R, C): ∂Φ/∂W, or the adjoint that brings every pixel to the margin."""
+        if self.aims and self.heard is not None and self.noise is not None:
+            return moments_pull(self.heard, self.margin * self.noise * self.signs - self.change(parameters))
+        weight = parameters[self.head].detach().requires_grad_()
+        with torch.enable_grad():
+            (bar,) = torch.autograd.grad(self({self.head: weight}, nn.Module()), weight)
+        return bar[self.window]
 
     def scores(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
         """z of each pixel, (R, C), float64: positive where it is right; None where the noise is not known."""
-        if self.noise is None:
-            return None
-        return (self.signs * self.change(parameters)).double() / self.noise.double()
+        noise = self.noise
+        return None if noise is None else (self.signs * self.change(parameters)).double() / noise.double()
 
     def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """W_T - W_0 over the patch, detached."""
@@ -130,7 +150,9 @@ class PatternMetric:
         scores = self.scores(parameters)
         size = float(change.abs().median()) if not self.margin or scores is None else float(scores.abs().median())
         found["sharpness_times_change"] = size * self.sharpness
-        return found if scores is None else found | predictions(scores, *self.heard)
+        if scores is None or self.heard is None:
+            return found
+        return found | predictions(scores, self.heard.examples, self.heard.excess)
 
     def describe(self) -> str:
         """What the data is for, in words."""

@@ -37,7 +37,9 @@ def build_metric(options: MetricOptions, target: LanguageModel, named: str | Non
     """
     if isinstance(options, PatternOptions):
         pattern = make_pattern(options, (target.head.shape[0], target.head.shape[1]))
-        return PatternMetric(target.model, pattern, options.sharpness, options.corner, options.margin)
+        return PatternMetric(
+            target.model, pattern, options.sharpness, options.corner, options.margin, options.aim == "moments"
+        )
     if isinstance(options, NormOptions):
         return NormMetric(target.model, options.parameter)
     if isinstance(options, CustomOptions):

@@ -310,7 +310,7 @@ class Config(Section):
                 "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
                 "models.redraw_target = false, or trainer = 'dpg'"
             )
-        if getattr(self.metric, "margin", 0) and self.inner_steps > 1:
+        if bool(getattr(self.metric, "margin", 0)) and self.inner_steps > 1:
             raise ValueError(
                 f"metric.margin: the noise of a change is known for one inner step, and this run has {self.inner_steps}; set "
                 f"inner.batch_size to at least {self.examples_per_step}, or metric.margin = 0"
@@ -337,6 +337,16 @@ class Config(Section):
 def _policy_faults(config: Config) -> str:
     """Why the policy step or the inner run's labels cannot be as asked; nothing where they can."""
     policy, natural = config.policy, config.policy.step == "natural"
+    if getattr(config.metric, "aim", "gradient") == "moments" and not (
+        natural
+        and config.inner.labels == "soft"
+        and config.credit.mode == "expected"
+        and bool(getattr(config.metric, "margin", 0))
+    ):
+        return (
+            "metric.aim: 'moments' are brought to metric.margin by natural steps on soft labels; set metric.margin, "
+            "policy.step = 'natural', inner.labels = 'soft' and credit.mode = 'expected', or metric.aim = 'gradient'"
+        )
     if policy.parameters == "lora":
         return "policy.parameters: 'lora' is not there yet; take 'head' or 'all'"
     if natural and policy.parameters != "head":

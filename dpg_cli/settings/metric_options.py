@@ -52,6 +52,12 @@ class PatternOptions(Section):
         "the rows of the most frequent contiguous tokens that the generator writes, which a run's settings then name",
     )
 
+    aim: Literal["gradient", "moments"] = Field(
+        "gradient",
+        description="what natural steps follow: Φ's gradient, or the change that brings every pixel to `margin` standard errors "
+        "(relaxed Gauss-Newton); the latter needs inner.labels = 'soft' and credit.mode = 'expected'",
+    )
+
     @property
     def corner(self) -> tuple[int, int]:
         """The patch's upper-left corner, once it is known."""

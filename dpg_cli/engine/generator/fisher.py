@@ -136,6 +136,7 @@ def conjugate_gradients(
     *,
     iterations: int,
     tolerance: float,
+    start: Tensor | None = None,
 ) -> Solution:
     """Solve A x = b for a positive semi-definite A whose range holds b.
 
@@ -145,15 +146,23 @@ def conjugate_gradients(
         residual: b; used up.
         iterations: most products.
         tolerance: of the relative residual, at which to stop.
+        start: a vector whose best multiple is where to begin; used up.
 
     Memory: the solution, the residual, the direction, and one vector for the product and the preconditioned residual.
     """
-    x = torch.zeros_like(residual)
-    shared = torch.empty_like(residual)
+    x = torch.zeros_like(residual) if start is None else start
+    shared, done = torch.empty_like(residual), 0
+    whole = dot(solve(residual, shared), residual)
+    if start is not None and whole > 0:
+        image = product(x, shared)
+        curvature = dot(x, image)
+        factor = dot(x, residual) / curvature if curvature > 0 else 0.0
+        residual.sub_(image, alpha=factor)
+        x.mul_(factor)
+        done = 1
     direction = solve(residual, shared).clone()
-    size = start = dot(direction, residual)
-    done = 0
-    while done < iterations and size > tolerance**2 * start > 0:
+    size = dot(direction, residual)
+    while done < iterations and size > tolerance**2 * whole > 0:
         image = product(direction, shared)
         curvature = dot(direction, image)
         if not curvature > 0:  # nothing but rounding is left
@@ -164,7 +173,7 @@ def conjugate_gradients(
         before, size = size, dot(preconditioned, residual)
         direction.mul_(size / before).add_(preconditioned)
         done += 1
-    return Solution(x, done, (max(size, 0.0) / start) ** 0.5 if start > 0 else 0.0)
+    return Solution(x, done, (max(size, 0.0) / whole) ** 0.5 if whole > 0 else 0.0)
 
 
 def dot(first: Tensor, second: Tensor) -> float:

@@ -44,6 +44,7 @@ class NaturalSpec:
         damping: λ, without a unit.
         iterations, tolerance: of the conjugate gradients.
         tokens: that the gradient, the Fisher and the KL are taken of, at most.
+        relaxation: share of a step whose length counts (Gauss-Newton) that is taken.
     """
 
     trust: float = 1e-3
@@ -53,6 +54,7 @@ class NaturalSpec:
     iterations: int = 10
     tolerance: float = 0.05
     tokens: int = 32768
+    relaxation: float = 0.5
 
 
 @dataclass
@@ -86,7 +88,16 @@ class NaturalPolicy:
         return spread(mask_N_K.flatten().nonzero()[:, 0], self.spec.tokens)
 
     @torch.no_grad()
-    def step(self, labels: HeadLabels, places: Tensor, gradient_V_D: Tensor, phi: float) -> dict[str, float]:
+    def step(
+        self,
+        labels: HeadLabels,
+        places: Tensor,
+        gradient_V_D: Tensor,
+        phi: float,
+        *,
+        start: Tensor | None = None,
+        aims: bool = False,
+    ) -> dict[str, float]:
         """One step.
 
         Args:
@@ -94,6 +105,8 @@ class NaturalPolicy:
             places: the tokens that the gradient is of.
             gradient_V_D: ∇Φ by the head, the bias as its last column; used up.
             phi: Φ of the generator as it is.
+            start: a change of the head whose multiple is near the solution, where one is known; used up.
+            aims: the gradient asks for certain changes: its solution, relaxed, is the step, and δ only bounds it.
 
         Returns:
             Figures for the log: δ, the step's and the whole KL in nats a token, iterations, residual, gradient norm.
@@ -118,10 +131,11 @@ class NaturalPolicy:
                 len(labels.weight),
                 labels.temperature,
             )
-            found = direction(fisher, gradient_V_D, self.spec)
+            found = direction(fisher, gradient_V_D, self.spec, start)
             length = dot(found.x, fisher.product(found.x, gradient_V_D))
             del fisher, gradient_V_D
             scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
+            scale = min(scale, self.spec.relaxation) if aims else scale
             self.change.add(found.x, scale)
             cost = divergence(hidden, self.change.now, before, labels.temperature)
             while cost > COSTLY * trust:  # no longer small: shorten it
@@ -153,8 +167,8 @@ def spread(places: Tensor, most: int) -> Tensor:
     return places[index.long()]
 
 
-def direction(fisher: TokenFisher, gradient_V_D: Tensor, spec: NaturalSpec) -> Solution:
-    """(F + λ K)⁻¹ ∇J; the gradient is used up."""
+def direction(fisher: TokenFisher, gradient_V_D: Tensor, spec: NaturalSpec, start: Tensor | None = None) -> Solution:
+    """(F + λ K)⁻¹ ∇J; the gradient is used up, and so is `start`, whose best multiple is where to begin."""
     kronecker = fisher.kronecker()
     return conjugate_gradients(
         lambda vector, out: kronecker.add_product(fisher.product(vector, out), vector, spec.damping),
@@ -162,4 +176,5 @@ def direction(fisher: TokenFisher, gradient_V_D: Tensor, spec: NaturalSpec) -> S
         gradient_V_D,
         iterations=spec.iterations,
         tolerance=spec.tolerance,
+        start=start,
     )
