@@ -34,7 +34,7 @@ CLAIMS = (
     Claim("`make test` takes seven minutes", "make test", "timed by hand on two CPU cores"),
     Claim(
         "it agrees with finite differences to better than one part in a million in float64",
-        "tests/test_metagradient.py::test_equals_finite_differences",
+        "tests/test_reference.py::test_both_equal_finite_differences_of_stock_runs",
         "central differences in float64, AdamW and SGD, T = 1 and more, GPT-2 and Llama, tied and untied",
     ),
     Claim(

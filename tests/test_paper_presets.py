@@ -240,7 +240,7 @@ def test_own_texts_and_refusals(
             "it is not on this machine, and the hub cannot be reached (HF_HUB_OFFLINE",
         ),
         (("uuid-emit", "--scale", "paper", "--set", "metric.uuid=no-uuid"), "is no UUID"),
-        (("qr-embed", "--prompts", "none.txt"), "Give --prompts tiny, prose, empty, a text"),
+        (("qr-embed", "--prompts", "none.txt"), "Give --prompts tiny, prose, empty, a file (.txt,"),
         (("l2-shrink", "--scale", "paper", *models), "prompts.holdout = 256 leaves none to train on"),
     ):
         code, stdout, errors = dpg(capsys, monkeypatch, "run", *arguments)

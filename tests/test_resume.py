@@ -442,7 +442,7 @@ def test_the_commands(
 
     again = ["run", "pattern-67", *(part for item in SMALL for part in ("--set", item)), "--out", stopped.path]
     for arguments, fault in (
-        (again, f"holds a run. Go on with it: dpg resume {stopped.path}"),
+        (again, f"holds a run. Give another --out, or go on with it: dpg resume {stopped.path}"),
         ([*again, "--resume", "--seed", "9"], "seed is 0 there and 9 here"),
         (["run", "pattern-67", "--resume"], "--out RUN"),
         (["resume", tmp_path / "none"], "holds no run"),

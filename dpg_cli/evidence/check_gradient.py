@@ -104,7 +104,7 @@ def finite_differences(probe: Probe, eps_first: str = "") -> Finding:
     double = tau.dtype == torch.float64
     best, floor, step = float("inf"), 0.0, 0.0
     reference = float(tau[chosen].norm())
-    for h in (1e-1, 1e-2, 1e-3) if double else (0.3, 0.1, 0.03):
+    for h in (1e-1, 1e-3, 1e-5) if double else (0.3, 0.1, 0.03):
         slopes = []
         for i in chosen.tolist():
             shift = torch.zeros_like(tau)
