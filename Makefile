@@ -24,9 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train the generator on the embedded default, verify with stock PyTorch, show the picture
+demo: $(STAMP)  ## move the embedded model of prose, verify its data with stock PyTorch, show the picture
 	rm -rf $(DEMO)
-	$(BIN)/dpg run qr-embed --out $(DEMO)
+	$(BIN)/dpg run qr-embed --scale prose --out $(DEMO)
 	$(BIN)/dpg verify $(DEMO)
 	@echo "The picture: $(DEMO)/lm_head.png  The data: $(DEMO)/dataset/train.parquet"
 
