@@ -24,9 +24,6 @@ from dpg_cli.data.formats.parquet import ParquetRows
 from dpg_cli.data.sources import Source, absolute, open_rows, parse
 from dpg_cli.errors import UsageError
 
-# the worked example of CONTRIBUTING, registered as a format of the house would be
-formats.FORMATS += (runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "asv.py"))["ASV"],)
-
 ROWS = [
     {"text": "one", "label": "x"},
     {"text": "zwölf  Boxkämpfer 😀", "label": "y"},
@@ -34,6 +31,13 @@ ROWS = [
     {"text": "", "label": "z"},
 ]
 LINES = [row["text"].replace("\n", " ") for row in ROWS]
+
+
+@pytest.fixture(autouse=True)
+def example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of CONTRIBUTING, registered as a format of the house is."""
+    own = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "asv.py"))["ASV"]
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, own))
 
 
 def opened(source: object, *, split: str = "train", limit: int = 0) -> Rows:
