@@ -19,6 +19,7 @@ from dpg_cli.engine.generator.head_policy import (
     add_advantages,
     divergence,
     divergence_gradient,
+    step_divergence,
     with_bias,
     with_ones,
 )
@@ -115,6 +116,21 @@ def test_the_direction_is_that_of_a_dense_solve(bias: bool) -> None:
     assert relative(fisher.product(found.x), inside) < 1e-8
 
 
+def test_fewer_tokens_than_dimensions_give_a_bounded_step() -> None:
+    """In float32, with a hidden state of 64 dimensions and 20 tokens: the step costs what it is to, and little elsewhere."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, more = torch.randn(20, 64, generator=rng), torch.randn(400, 64, generator=rng)
+    weight = 0.2 * torch.randn(30, 64, generator=rng)
+    fisher = TokenFisher.of(hidden, lambda part: torch.softmax(hidden[part] @ weight.mT, -1), 30)
+    gradient = fisher.product(torch.randn(30, 64, generator=rng))
+    d = direction(fisher, gradient, NaturalSpec()).x
+    d *= (2e-3 / float((d * fisher.product(d)).sum())) ** 0.5
+    here = divergence(hidden, (weight + d, None), (weight, None), 1.0)
+    there = divergence(more, (weight + d, None), (weight, None), 1.0)
+    assert here == pytest.approx(1e-3, rel=0.05)
+    assert there < 3 * here
+
+
 def test_conjugate_gradients_stop_at_nothing() -> None:
     nothing = torch.zeros(3, 2, dtype=torch.float64)
     found = conjugate_gradients(lambda v, out: v, lambda v, out: out.copy_(v), nothing, iterations=5, tolerance=0.1)
@@ -151,6 +167,8 @@ def test_the_divergence_and_its_gradient_are_those_of_autograd() -> None:
     loss.backward()
     pair = (now.weight, now.bias), (start.weight, start.bias)
     assert divergence(hidden, *pair, 1.2) == pytest.approx(float(loss.detach()), rel=1e-12)
+    step = with_bias(now.weight - start.weight, now.bias - start.bias) / 0.7  # type: ignore[operator]
+    assert step_divergence(hidden, pair[0], step, 0.7, 1.2) == pytest.approx(divergence(hidden, *pair, 1.2), rel=1e-12)
     assert relative(divergence_gradient(hidden, *pair, 1.2), with_bias(weight.grad, offset.grad)) < 1e-12  # type: ignore[arg-type]
     assert float(loss.detach()) > 0.1
 

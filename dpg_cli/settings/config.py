@@ -151,9 +151,10 @@ class PolicyConfig(Section):
     )
     damping: NonNegative = Field(1e-2, description="natural: λ, as a share of a Kronecker product that stands near F")
     cg_iterations: PositiveInt = Field(10, description="natural: most products with F a step")
-    fisher_tokens: PositiveInt = Field(
-        32768,
-        description="natural: tokens a step that the gradient, F and the KL are taken of; the others only act on Φ",
+    fisher_tokens: Count = Field(
+        0,
+        description="natural: tokens a step that the gradient, F and the KL are taken of; the others only act on Φ. 0: as many "
+        "as have 2^25 probabilities, 32,768 for a vocabulary of 1,024",
     )
     lr: Positive = 1e-3
     beta1: Decay = 0.9

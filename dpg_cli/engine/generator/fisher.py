@@ -23,7 +23,7 @@ from dpg_cli.engine.inner.head import chunks
 from dpg_cli.engine.soft import Rows
 
 KEPT = 1 << 25  # probabilities that are kept rather than made anew at every product: 128 MB in float32
-RIDGE = 1e-6  # of the mean square of a hidden dimension, added to E[h hᵀ]
+RIDGE = 1e-3  # of the mean square of a hidden dimension, added to E[h hᵀ]: tokens may be fewer than dimensions
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class TokenFisher:
         mean = self.hidden_M_D.new_zeros(self.rows)
         for part in chunks(self.tokens, self.rows):
             mean += self.q(part).sum(0)
-        moment = self.hidden_M_D.mT @ self.hidden_M_D
+        moment = torch.zeros(self.hidden_M_D.shape[1], self.hidden_M_D.shape[1], dtype=torch.float64).to(mean.device)
+        for part in chunks(self.tokens, self.rows):
+            hidden = self.hidden_M_D[part].double()
+            moment.addmm_(hidden.mT, hidden)
         return Kronecker.of(mean.div_(self.tokens), moment.div_(self.tokens), self.temperature)
 
 
@@ -100,7 +103,7 @@ class Kronecker:
         exact.diagonal().add_(RIDGE * float(exact.diagonal().mean()))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(exact))
         floor = torch.finfo(mean_R.dtype).eps * mean_R.max()
-        return cls(mean_R.clamp_min(floor) / temperature**2, exact.to(moment), inverse.to(moment))
+        return cls(mean_R.clamp_min(floor) / temperature**2, exact.to(mean_R), inverse.to(mean_R))
 
     def add_product(self, total: Tensor, vector_R_D: Tensor, factor: float) -> Tensor:
         """Add factor · K V' to `total`, some rows at a time."""

@@ -166,6 +166,20 @@ def divergence(
 
 
 @torch.no_grad()
+def step_divergence(
+    hidden_M_D: Tensor, now: tuple[Tensor, Tensor | None], change_V_D: Tensor, factor: float, temperature: float
+) -> float:
+    """Mean KL(now ‖ before) a token, nats, where `now` is before and `factor` times a change; no copy of the head is needed."""
+    total, moved = 0.0, with_ones(hidden_M_D, now[1])
+    for part in chunks(len(hidden_M_D), len(now[0])):
+        logits = torch.nn.functional.linear(hidden_M_D[part], *now)
+        earlier = torch.addmm(logits, moved[part], change_V_D.mT, alpha=-factor).div_(temperature)
+        first, second = torch.log_softmax(logits.div_(temperature), -1), torch.log_softmax(earlier, -1)
+        total += float(torch.linalg.vecdot(first.exp(), first - second).sum(dtype=torch.float64))
+    return total / max(1, len(hidden_M_D))
+
+
+@torch.no_grad()
 def divergence_gradient(
     hidden_M_D: Tensor, now: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None], temperature: float
 ) -> Tensor:

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.generator.fisher import Solution, TokenFisher, conjugate_gradients, dot
-from dpg_cli.engine.generator.head_policy import HeadChange, divergence, divergence_gradient, with_ones
+from dpg_cli.engine.generator.fisher import KEPT, Solution, TokenFisher, conjugate_gradients, dot
+from dpg_cli.engine.generator.head_policy import HeadChange, divergence, divergence_gradient, step_divergence, with_ones
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import DegenerateError
 
@@ -43,7 +43,7 @@ class NaturalSpec:
         kl: β, in units of Φ per nat a token.
         damping: λ, without a unit.
         iterations, tolerance: of the conjugate gradients.
-        tokens: that the gradient, the Fisher and the KL are taken of, at most.
+        tokens: that the gradient, the Fisher and the KL are taken of, at most; 0 for as many as have `KEPT` probabilities.
         relaxation: share of a step whose length counts (Gauss-Newton) that is taken.
     """
 
@@ -53,7 +53,7 @@ class NaturalSpec:
     damping: float = 1e-2
     iterations: int = 10
     tolerance: float = 0.05
-    tokens: int = 32768
+    tokens: int = 0
     relaxation: float = 0.5
 
 
@@ -85,7 +85,8 @@ class NaturalPolicy:
 
     def places(self, mask_N_K: Tensor) -> Tensor:
         """The completion tokens that a step is taken from, on the flat (N · K) axis: evenly spread ones."""
-        return spread(mask_N_K.flatten().nonzero()[:, 0], self.spec.tokens)
+        most = self.spec.tokens or max(1, KEPT // self.change.head.layer.out_features)
+        return spread(mask_N_K.flatten().nonzero()[:, 0], most)
 
     @torch.no_grad()
     def step(
@@ -119,9 +120,8 @@ class NaturalPolicy:
             raise DegenerateError("The generator's gradient is not finite.", "Look at the rewards, or lower inner.lr.")
         trust = self.seen(phi)
         hidden = labels.hidden(places)
-        before = labels.weight.clone(), None if labels.bias is None else labels.bias.clone()
         if self.spec.kl > 0:
-            toward = divergence_gradient(hidden, before, self.change.start, labels.temperature)
+            toward = divergence_gradient(hidden, self.change.now, self.change.start, labels.temperature)
             gradient_V_D.add_(toward, alpha=-self.spec.kl)
         numbers = {"grad_norm": norm, "trust": trust, "step_kl": 0.0, "iterations": 0.0, "residual": 0.0}
         if norm > 0:
@@ -137,12 +137,12 @@ class NaturalPolicy:
             scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
             scale = min(scale, self.spec.relaxation) if aims else scale
             self.change.add(found.x, scale)
-            cost = divergence(hidden, self.change.now, before, labels.temperature)
+            cost = step_divergence(hidden, self.change.now, found.x, scale, labels.temperature)
             while cost > COSTLY * trust:  # no longer small: shorten it
                 shorter = max(0.1, (trust / cost) ** 0.5)
                 self.change.add(found.x, scale * (shorter - 1))
                 scale *= shorter
-                cost = divergence(hidden, self.change.now, before, labels.temperature)
+                cost = step_divergence(hidden, self.change.now, found.x, scale, labels.temperature)
             numbers |= {"step_kl": cost, "iterations": float(found.iterations), "residual": found.residual}
         numbers["kl"] = self.keep_to_budget(hidden, labels.temperature)
         return numbers
