@@ -23,7 +23,9 @@ from dpg_cli.engine.inner.head import chunks
 from dpg_cli.engine.soft import Rows
 
 KEPT = 1 << 25  # probabilities that are kept rather than made anew at every product: 128 MB in float32
-RIDGE = 1e-3  # of the mean square of a hidden dimension, added to E[h hᵀ]: tokens may be fewer than dimensions
+RIDGE = 1e-6  # of the mean square of a hidden dimension, added to E[h hᵀ]
+THIN_RIDGE = 1e-3  # the same where tokens are few for so many dimensions, or fewer than these
+ENOUGH = 8  # tokens a dimension, from which they are not
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class TokenFisher:
         for part in chunks(self.tokens, self.rows):
             hidden = self.hidden_M_D[part].double()
             moment.addmm_(hidden.mT, hidden)
-        return Kronecker.of(mean.div_(self.tokens), moment.div_(self.tokens), self.temperature)
+        ridge = RIDGE if self.tokens >= ENOUGH * len(moment) else THIN_RIDGE
+        return Kronecker.of(mean.div_(self.tokens), moment.div_(self.tokens), self.temperature, ridge)
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ class Kronecker:
     inverse: Tensor
 
     @classmethod
-    def of(cls, mean_R: Tensor, moment: Tensor, temperature: float) -> Kronecker:
-        """From the mean distribution, which may have zeros, and E[h hᵀ]."""
+    def of(cls, mean_R: Tensor, moment: Tensor, temperature: float, ridge: float = RIDGE) -> Kronecker:
+        """From the mean distribution, which may have zeros, and E[h hᵀ]; `ridge` is a share of its mean diagonal."""
         exact = moment.double()
-        exact.diagonal().add_(RIDGE * float(exact.diagonal().mean()))
+        exact.diagonal().add_(ridge * float(exact.diagonal().mean()))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(exact))
         floor = torch.finfo(mean_R.dtype).eps * mean_R.max()
         return cls(mean_R.clamp_min(floor) / temperature**2, exact.to(mean_R), inverse.to(mean_R))
