@@ -129,7 +129,8 @@ def test_every_credit_takes_natural_steps(labels: str, credit: str) -> None:
     start = built.players.generator.head.detach().clone()
     report = outer_step(built.players, built.spec, built.prompts.at(0), 0)
     assert report.numbers["policy_step_kl"] == pytest.approx(5e-3, rel=0.5)
-    assert report.numbers["policy_kl"] == pytest.approx(report.numbers["policy_step_kl"])
+    # the first step is all that there is: two ways to one number in float32, by the head before and by the change
+    assert report.numbers["policy_kl"] == pytest.approx(report.numbers["policy_step_kl"], rel=1e-4)
     assert not torch.equal(start, built.players.generator.head)
 
 
