@@ -71,6 +71,11 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
+def rows() -> list[dict[str, Any]]:
+    """The raw rows."""
+    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.is_file() else []
+
+
 def whole(rows: list[np.ndarray]) -> Examples:
     """Rows of one length as examples of which every token after the first is trained."""
     ids_N_S = torch.from_numpy(np.stack(rows).astype(np.int64))

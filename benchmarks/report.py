@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # a script finds only what lies beside it
 
-from benchmarks import readme_claims  # noqa: E402
+from benchmarks import prose_page, readme_claims  # noqa: E402
 from benchmarks.study.experiments import draw, sections  # noqa: E402
 from benchmarks.study.store import Store  # noqa: E402
 
@@ -180,7 +180,15 @@ def main() -> None:
 
 def page(study: Store) -> str:
     """The whole page from the raw results."""
-    every = [HEAD, qr_embed(), tasks(), controls(), *sections(study, "figures"), readme_claims.section()]
+    every = [
+        HEAD,
+        prose_page.section(),
+        qr_embed(),
+        tasks(),
+        controls(),
+        *sections(study, "figures"),
+        readme_claims.section(),
+    ]
     return "\n".join(section for section in every if section)
 
 

@@ -194,6 +194,21 @@ def combined(item: Item, context: str | list[Message], fault: Fault) -> Item:
     raise fault("the prompt and what follows it are not both texts, nor both lists of messages")
 
 
+def answered(row: Row, answer: Any, fault: Fault) -> Item:
+    """A row's prompt or question with an answer that stands elsewhere in it, such as one of several choices.
+
+    Args:
+        row: has a `prompt`, `question` or `instruction`.
+        answer: a text, or a list of messages where the prompt is one.
+        fault: makes a refusal.
+    """
+    name = next((name for name in (*PROMPTS, *QUESTIONS) if row.get(name) is not None), "")
+    if not name:
+        raise fault("there is no `prompt` and no `question`")
+    read = _asked(name, [], "answer") if name in QUESTIONS else _pair(name, "answer")
+    return read({**row, "answer": answer}, fault)
+
+
 def is_empty(item: Item) -> bool:
     """Whether there is nothing in a row at all."""
     if isinstance(item, Chat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpg_cli import prose
@@ -113,6 +114,17 @@ def held_out(options: TextLossOptions) -> tuple[list[str], str]:
     if not texts:
         raise UsageError(f"The texts {source} are all blank.", "Give at least one document.")
     return texts, _about(len(texts), source)
+
+
+def texts_of(given: str | Sequence[str], default: Sequence[str]) -> list[str]:
+    """Texts that a metric's option holds: a list of them, or a source of rows (docs/data.md); else the default.
+
+    Raises:
+        UsageError: if the source cannot be read.
+    """
+    if isinstance(given, str) and given:
+        return held_out(TextLossOptions(name="text-loss", file=given))[0]
+    return list(given) or list(default)
 
 
 def _source(options: TextLossOptions) -> str:

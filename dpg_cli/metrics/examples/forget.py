@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.metrics.base import Metric
-from dpg_cli.metrics.registry import encode
+from dpg_cli.metrics.registry import encode, texts_of
 from dpg_cli.metrics.text_loss import TextLossMetric
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
@@ -22,7 +22,8 @@ class ForgetText(Metric):
 
     Args:
         target: before fine-tuning.
-        forget: documents to forget; by default Italian sentences of the embedded world.
+        forget: documents to forget, a list or a source of rows (docs/data.md); by default Italian sentences of the embedded
+            world.
         keep: documents to keep; by default English ones.
         keep_weight: k.
     """
@@ -30,15 +31,15 @@ class ForgetText(Metric):
     def __init__(
         self,
         target: LanguageModel,
-        forget: Sequence[str] = (),
-        keep: Sequence[str] = (),
+        forget: str | Sequence[str] = (),
+        keep: str | Sequence[str] = (),
         keep_weight: float = 1.0,
     ) -> None:
         super().__init__(target)
         self.keep_weight = keep_weight
         self.forget, self.keep = (
             TextLossMetric(
-                target.model, encode(list(texts) or world.sentences("eval", language, 64, seed=2), target), ""
+                target.model, encode(texts_of(texts, world.sentences("eval", language, 64, seed=2)), target), ""
             )
             for texts, language in ((forget, "it"), (keep, "en"))
         )

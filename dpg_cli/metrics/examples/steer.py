@@ -14,7 +14,7 @@ from torch.func import functional_call
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import Metric
-from dpg_cli.metrics.registry import encode
+from dpg_cli.metrics.registry import encode, texts_of
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.tiny import world
 
@@ -26,7 +26,8 @@ class SteerDirection(Metric):
         target: before fine-tuning.
         layer: L; 0 is the embedding, 1 the output of the first block, -1 that of the last.
         prompts: texts whose hidden states are steered; by default eight prompts of the embedded world.
-        toward, away: texts that span the direction; by default German and English sentences of the embedded world.
+        toward, away: texts that span the direction, such as the two sides of contrast pairs; by default German and English
+            sentences of the embedded world. Each of the three is a list of texts or a source of rows (docs/data.md).
 
     Raises:
         UsageError: if the layer does not exist or the two kinds of text are not told apart there.
@@ -36,17 +37,17 @@ class SteerDirection(Metric):
         self,
         target: LanguageModel,
         layer: int = -1,
-        prompts: Sequence[str] = (),
-        toward: Sequence[str] = (),
-        away: Sequence[str] = (),
+        prompts: str | Sequence[str] = (),
+        toward: str | Sequence[str] = (),
+        away: str | Sequence[str] = (),
     ) -> None:
         super().__init__(target)
         self.layer = layer
-        self.prompts = encode(list(prompts) or world.prompts("eval", 8, seed=0), target)
+        self.prompts = encode(texts_of(prompts, world.prompts("eval", 8, seed=0)), target)
         parameters = dict(target.model.named_parameters())
         with torch.no_grad():
             there, here = (
-                self.state(parameters, target.model, encode(list(texts) or default, target))
+                self.state(parameters, target.model, encode(texts_of(texts, default), target))
                 for texts, default in (
                     (toward, world.sentences("eval", "de", 32, seed=0)),
                     (away, world.sentences("eval", "en", 32, seed=0)),
