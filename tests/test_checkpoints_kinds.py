@@ -37,6 +37,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from zoo.tiny import tiny_model
 
 from dpg_cli.engine.generator.policy import PolicySpec, completion_logits, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
@@ -113,8 +114,15 @@ def test_a_decoder_that_looks_ahead_is_known_by_what_it_does(tmp_path: Path) -> 
         layer.self_attn.is_causal = False
     forward = model.model.forward
     model.model.forward = lambda **inputs: forward(
-        **inputs | {"attention_mask": torch.zeros(2, 1, *[inputs["input_ids"].shape[1]] * 2)}
+        **inputs | {"attention_mask": torch.zeros(len(inputs["input_ids"]), 1, *[inputs["input_ids"].shape[1]] * 2)}
     )
+    with pytest.raises(ModelError, match="depends on the tokens after it"):
+        require_causal("ahead", model, 128)
+
+
+def test_a_look_ahead_near_the_beginning_is_known_too() -> None:
+    """ProphetNet's logits at the first places depend on the few after them, and on none of a row's second half."""
+    model = tiny_model("prophetnet").float()
     with pytest.raises(ModelError, match="depends on the tokens after it"):
         require_causal("ahead", model, 128)
 

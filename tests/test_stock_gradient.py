@@ -103,6 +103,22 @@ def test_frozen_and_shared_parameters_are_those_of_stock_training() -> None:
         assert verdict.error < 1e-6
 
 
+@pytest.mark.parametrize("recipe", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_a_model_that_knows_its_rows_width_gets_them_as_a_collator_makes_them(recipe: Recipe) -> None:
+    """Whatever shares a micro-batch with it: each batch is padded to its longest row."""
+    verdict = judge(ToyLM(Measured()), recipe)
+    assert verdict.size > 1e-4
+    assert verdict.error < 1e-6
+    assert verdict.phi < 1e-12
+    assert "width of their batch" in verdict.notes[0]
+    whole, apart = (
+        metagradient(ToyLM(Measured()), rows(6, 0), recipe.spec(), first_sum, batch_size=3, micro_batch=micro)
+        for micro in (0, 1)
+    )
+    assert (apart.token_N_S - whole.token_N_S).norm() < 1e-12 * whole.token_N_S.norm()
+    assert not judge(ToyLM(Block(plain))).notes
+
+
 def name_of(model: nn.Module, module: nn.Module) -> str:
     """The name of the module of the same class and shapes."""
     shapes = [parameter.shape for parameter in module.parameters()]
@@ -176,6 +192,20 @@ class Looking(nn.Module):
         return hidden - hidden.mean(1, keepdim=True)
 
 
+class Glancing(nn.Module):
+    """Looks to the right at the first place alone, a little, and not to the end."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden[:, :1] + 1e-2 * hidden[:, 2:3], hidden[:, 1:]], 1)
+
+
+class Measured(nn.Module):
+    """Knows how long its row is, padding included."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * (1 + 0.1 * hidden.shape[1])
+
+
 def backward_hook() -> nn.Module:
     model = ToyLM(Block(plain))
     model.mix.register_full_backward_hook(lambda module, given, made: (0.5 * given[0],))
@@ -219,6 +249,7 @@ REFUSED = {
     "scale_grad_by_freq": (lambda: ToyLM(Block(plain), scale_grad_by_freq=True), "scale_grad_by_freq"),
     "a written buffer": (lambda: ToyLM(Counter()), "writes to 'block.seen'"),
     "a look to the right": (lambda: ToyLM(Looking()), "no causal language model"),
+    "a glance to the right": (lambda: ToyLM(Glancing()), "no causal language model"),
     "an encoder": (lambda: tiny_model("bert"), "no causal language model"),
 }
 
@@ -227,14 +258,12 @@ REFUSED = {
 def test_what_no_number_would_be_right_for_is_refused_by_name(kind: str) -> None:
     make, cause = REFUSED[kind]
     with pytest.raises(UsageError, match=cause) as caught:
-        metagradient(
-            make(), rows(6, 0), OptimizerSpec(lr=0.01), lambda parameters, model: first_sum(parameters), batch_size=3
-        )
+        metagradient(make(), rows(6, 0), OptimizerSpec(lr=0.01), first_sum, batch_size=3)
     assert caught.value.remedy
     assert len(str(caught.value).splitlines()) == 1
 
 
-def first_sum(parameters: Any) -> Tensor:
+def first_sum(parameters: Any, model: nn.Module) -> Tensor:
     return next(iter(parameters.values())).sum()
 
 

@@ -138,7 +138,7 @@ def metagradient(
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats=found.stats,
-            notes=(*notes, *([finding.note] if finding.note else [])),
+            notes=(*notes, *finding.notes),
             visits=None if found.visit_M is None else Visits(*plan.flat, found.visit_M),
         )
 

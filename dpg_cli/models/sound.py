@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dpg_cli.models.folder import ModelError
 from dpg_cli.models.hub import first_line
 
-TOKENS = 8  # of the trial rows
+TOKENS = 8  # of the trial rows, of which there are as many
 LEAK = 1e-4  # of the later change: what earlier logits may move by rounding
 
 
@@ -57,12 +57,12 @@ def require_causal(name: str, model: PreTrainedModel, limit: int | None) -> None
     """
     head = model.get_output_embeddings().weight
     length = min(TOKENS, limit or TOKENS)
-    half = length // 2
     rows = min(head.shape[0], model.get_input_embeddings().weight.shape[0])
     first = torch.arange(length, device=head.device) * 7 % rows
-    second = torch.cat([first[:half], (first[half:] + 1) % rows])
+    one = torch.eye(length, dtype=torch.int64, device=head.device)
+    others = (first + one)[1:] % rows  # row j has another token j + 1
     try:
-        logits = model(input_ids=torch.stack([first, second]), use_cache=False).logits.double()
+        logits = model(input_ids=torch.cat([first[None], others]), use_cache=False).logits.double()
     except Exception as error:  # of a class that needs more than token ids
         raise ModelError(
             f"The model {name!r} does not run on a row of tokens: {first_line(error)}.",
@@ -73,8 +73,9 @@ def require_causal(name: str, model: PreTrainedModel, limit: int | None) -> None
             f"The logits of {name!r} are not finite: its weights hold NaN or infinite numbers.",
             "Take the folder from a copy; a float16 training that overflowed leaves such.",
         )
-    change = (logits[0] - logits[1]).abs().amax(1)
-    if half and float(change[:half].max()) > LEAK * float(change[half:].max()):
+    change = (logits[1:] - logits[:1]).abs().amax(2)
+    early = change.tril()  # at the places before the changed token
+    if length > 1 and float(early.max()) > LEAK * float((change - early).max()):
         raise ModelError(
             f"The model {name!r} is no causal LM: what it predicts at a token depends on the tokens after it.",
             "Name a decoder; a BERT-like model needs is_decoder = true in its config.json, and training as such.",

@@ -47,6 +47,7 @@ class TargetRun:
         ranks: the processes that share the batches.
         second_order: the pass that the reverse takes, see `reverse/selfcheck.py`.
         masked: the model must be told where padding is: it looks at the ids of its tokens for that otherwise.
+        wide: a micro-batch keeps the width of its batch; else it is cut to its longest row.
         packing: examples of a batch share rows where the model can read them so (`packing.py`).
         head: that head, or None.
     """
@@ -61,6 +62,7 @@ class TargetRun:
     ranks: Ranks = ALONE
     second_order: Literal["dual", "double"] = "dual"
     masked: bool = False
+    wide: bool = False
     packing: bool = False
     head: Head | None = field(init=False, repr=False)
 
@@ -75,11 +77,13 @@ class TargetRun:
 
     def arranged(self, batch: Examples) -> Examples:
         """The batch as the passes read it: packed, or as it is."""
-        packs = self.packing and self.head is not None and self.second_order == "dual" and not self.masked
+        packs = (
+            self.packing and self.head is not None and self.second_order == "dual" and not (self.masked or self.wide)
+        )
         return pack(batch) if packs else batch
 
     def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
-        """This rank's rows of the batch in micro-batches, each cut to its longest row."""
+        """This rank's rows of the batch in micro-batches, each cut to its longest row where the model allows it."""
         own = self.ranks.shard(len(batch))
         rows = own.stop - own.start
         if not rows:
@@ -91,7 +95,8 @@ class TargetRun:
         size = -(-rows // count)  # even ones
         for start in range(own.start, own.stop, size):
             stop = min(start + size, own.stop)
-            yield slice(start, stop), batch.rows(start, stop)
+            piece = batch.take(torch.arange(start, stop)) if self.wide else batch.rows(start, stop)
+            yield slice(start, stop), piece
 
     def leaves(self, theta: Tensor, into: Tensor | None) -> dict[str, Tensor]:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
@@ -128,7 +133,7 @@ def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples, masked
 @torch.no_grad()
 def can_pack(run: TargetRun, examples: Examples) -> bool:
     """Whether two short examples have the same hidden states in one row as in rows of their own."""
-    if run.head is None or run.second_order != "dual" or run.masked or examples.soft is not None:
+    if run.head is None or run.second_order != "dual" or run.masked or run.wide or examples.soft is not None:
         return False
     rows = (examples.attention_N_S.sum(1) > 1).nonzero()[:2, 0]
     apart = examples.take(rows).rows(0, len(rows))
