@@ -69,7 +69,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: bool = False, h: float = 1e-5) -> Verdict:
+def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: bool = False) -> Verdict:
     """Compare in one random direction of the data weights, or (full) in every weight.
 
     Args:
@@ -89,7 +89,7 @@ def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: boo
         size = float(ours.example_N.norm())
         errors = []
         for direction in directions:
-            expected = run.slope(weights, direction, h)
+            expected = run.slope(weights, direction)
             errors.append(abs(float(ours.example_N @ direction) - expected) / (size * float(direction.norm())))
         difference = abs(ours.value - run(weights))
     return Verdict(max(errors), difference, size, tuple(getattr(ours, "notes", ())))

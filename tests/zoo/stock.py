@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from dpg_cli.engine import Examples, OptimizerSpec
 
+STEPS = (1e-5, 1e-6)  # of the data weights; rounding in Φ is 1e-16 / h of a slope
+AGREED = 1e-6  # relative difference of both rules, with which no shorter step is tried
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,12 +40,12 @@ def token_losses(model: nn.Module, examples: Examples) -> Tensor:
 
 
 def train(model: nn.Module, examples: Examples, weights_N: Tensor, recipe: Recipe) -> None:
-    """Fine-tune the model in place on weighted rows, in order, once."""
+    """Fine-tune the model in place on weighted rows, in order, once; a batch is padded to its longest row."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = getattr(torch.optim, recipe.optimizer)(trained, **recipe.options)
     for start in range(0, len(examples), recipe.batch):
         rows = slice(start, start + recipe.batch)
-        batch = Examples(examples.ids_N_S[rows], examples.attention_N_S[rows], examples.label_N_S[rows])
+        batch = examples.rows(rows.start, rows.stop)
         optimizer.zero_grad()
         losses = token_losses(model, batch)
         ((losses.sum(1) * weights_N[rows]).sum() / batch.label_N_S.sum()).backward()
@@ -80,7 +83,18 @@ class Run:
         self.restore()
         return value
 
-    def slope(self, weights_N: Tensor, direction_N: Tensor, h: float) -> float:
-        """d Φ(w + s d) / d s at s = 0, by the five-point rule."""
-        a, b, c, d = (self(weights_N + k * h * direction_N) for k in (-2, -1, 1, 2))
-        return (a - 8 * b + 8 * c - d) / (12 * h)
+    def slope(self, weights_N: Tensor, direction_N: Tensor) -> float:
+        """d Φ(w + s d) / d s at s = 0, by the five-point rule.
+
+        Where Φ bends so much that the three-point rule says something else at the first step, a shorter one is tried, and
+        the step is taken at which both rules agree best.
+        """
+        best, gap = 0.0, float("inf")
+        for h in STEPS:
+            a, b, c, d = (self(weights_N + k * h * direction_N) for k in (-2, -1, 1, 2))
+            three, five = (c - b) / (2 * h), (a - 8 * b + 8 * c - d) / (12 * h)
+            if abs(three - five) < gap:
+                best, gap = five, abs(three - five)
+            if gap < AGREED * abs(best):
+                break
+        return best
