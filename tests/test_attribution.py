@@ -11,9 +11,12 @@ from builders import HeldOutLoss, make_examples, make_target
 from test_credit import gradient, rollout_of, tiny_generator
 from torch import Tensor
 from torch.func import functional_call
+from zoo.tiny import tiny_model
 
+from dpg_cli.driver.trial import RandomDirection
 from dpg_cli.engine import OptimizerSpec, metagradient, reference_metagradient
 from dpg_cli.engine.attribution import (
+    METHODS,
     AttributionSpec,
     InnerSettings,
     at_first_token,
@@ -179,3 +182,14 @@ def test_effect_is_the_metagradients_forward_half() -> None:
     assert bool(torch.isfinite(logits).all())
     with pytest.raises(DegenerateError, match="not finite"):
         effect(model, examples, METRIC, InnerSettings(OptimizerSpec("sgd", lr=1e300), 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_was_chosen_for_the_target(method: str) -> None:
+    """Bloom has no forward derivative: the self-check's choice is said for controls too, once."""
+    result = attribute_examples(
+        tiny_model("bloom"), make_examples(4), RandomDirection(), AttributionSpec(method, sgd_lr=0.1), INNER, group_size=1,
+        text_reward_N=torch.arange(4.0),
+    )  # fmt: skip
+    assert len(result.notes) == 1
+    assert "double backward" in result.notes[0]

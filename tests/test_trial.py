@@ -15,6 +15,8 @@ from zoo.tiny import tiny_model
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.trial import RandomDirection, try_out
 from dpg_cli.errors import UsageError
+from dpg_cli.runs.folder import RunFolder
+from dpg_cli.runs.sessions import Journal
 from dpg_cli.settings.presets import find, resolve
 
 
@@ -95,25 +97,20 @@ def test_the_commands_try_it(
     assert "The model 'tiny' cannot be attributed: grouped_mm has no forward derivative." in last
 
 
+def asked_of(target: Path) -> list[str | Path]:
+    """A short run on a target of one's own."""
+    settings = ("credit.mode=token", "rollout.max_tokens=8", "rollout.min_tokens=1")
+    given = [part for setting in settings for part in ("--set", setting)]
+    return ["l2-shrink", "--target", target, "--prompts", "empty", *given]
+
+
 @pytest.mark.parametrize(("name", "said"), [("bloom", "double backward"), ("mixtral", "Experts ran as 'eager'")])
 def test_what_the_engine_chose_is_said(
     name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models whose second derivative takes another way: fine, and why, in the dry run and in the check."""
     folder = saved(tiny_model(name, vocab_size=ROWS, eos_token_id=END, pad_token_id=END).float(), tmp_path / name)
-    asked = [
-        "l2-shrink",
-        "--target",
-        folder,
-        "--prompts",
-        "empty",
-        "--set",
-        "credit.mode=token",
-        "--set",
-        "rollout.max_tokens=8",
-        "--set",
-        "rollout.min_tokens=1",
-    ]
+    asked = asked_of(folder)
     answer = call(capsys, monkeypatch, "run", *asked, "--dry-run")
     assert answer.code == 0, answer.err
     assert said in answer.out
@@ -122,3 +119,50 @@ def test_what_the_engine_chose_is_said(
     found = {finding["name"]: finding for finding in json.loads(answer.out)["checks"]}
     assert said in found["derivatives"]["says"]
     assert found["finite differences"]["verdict"] != "fail"
+
+
+def test_what_the_engine_chose_is_said_once_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the screen of `dpg run` and `dpg attribute`, each session once; in `run.json` and in the scores' record."""
+    bloom = tiny_model("bloom", vocab_size=ROWS, eos_token_id=END, pad_token_id=END).float()
+    folder, said = saved(bloom, tmp_path / "bloom"), "Second derivatives by double backward"
+    run = tmp_path / "run"
+    small = [part for setting in ("steps=2", "dataset.examples=4", "prompts.per_step=2") for part in ("--set", setting)]
+    answer = call(capsys, monkeypatch, "run", *asked_of(folder), *small, "--out", run)
+    assert answer.code == 0, answer.err
+    assert answer.err.count(said) == 1
+    (note,) = json.loads((run / "run.json").read_text())["notes"]
+    assert note.startswith(said)
+    assert note in answer.err
+
+    data, scores = tmp_path / "rows.txt", tmp_path / "scores.jsonl"
+    data.write_text("the old cat sees a boat.\na king sells a map.\n")
+    asked = [
+        "attribute",
+        data,
+        "--target",
+        folder,
+        "--metric",
+        "norm",
+        "--set",
+        "metric.parameter=transformer.ln_f.bias",
+    ]
+    answer = call(capsys, monkeypatch, *asked, "--out", scores, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.err.count(said) == 1
+    record = json.loads((tmp_path / "scores.jsonl.json").read_text())
+    assert record["notes"] == json.loads(answer.out)["notes"] == [note]
+
+
+def test_each_session_of_a_run_says_its_notes_once(tmp_path: Path) -> None:
+    config, folder = resolve(find("l2-shrink.tiny").data(), []), RunFolder(tmp_path)
+    first = Journal(folder, config, "cpu", [])
+    assert first.note(("a.", "b.", "a.")) == ["a.", "b."]
+    assert first.note(("b.",)) == []
+    later = Journal(folder, config, "cpu", [])
+    assert later.note(("b.", "c.")) == ["b.", "c."]
+    assert json.loads(folder.info.read_text())["notes"] == ["a.", "b.", "c."]
+    folder.info.write_text(json.dumps({"notes": 3}))
+    Journal(folder, config, "cpu", []).note(("d.",))
+    assert json.loads(folder.info.read_text())["notes"] == ["d."]

@@ -81,6 +81,7 @@ class Attribution:
         data: how the rows were understood, see `data.prepared.Understood`.
         gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
         epsilon: the same against ε, in words.
+        notes: what the engine chose for the target, a sentence each.
         precision_error: relative error of the first step's token scores in bf16, None in float32.
         clipped_share: of the steps, on which the gradient was clipped; None where it never is.
         seconds, peak_memory_mb: of the process.
@@ -96,6 +97,7 @@ class Attribution:
     data: dict[str, Any]
     gradient_median: float
     epsilon: str
+    notes: list[str]
     precision_error: float | None
     clipped_share: float | None
     seconds: float
@@ -135,7 +137,8 @@ def attribute(
     Args:
         config: models.target, metric, inner, lora and seed are used.
         request: the data, and where the scores go.
-        on_stage, on_note: called with the name of each stage, and with what the user should know of the data.
+        on_stage, on_note: called with the name of each stage, and with what the user should know of the data and of what
+            the engine chose for the target.
         on_progress: called as progress(phase, steps done, of how many).
 
     Raises:
@@ -169,6 +172,8 @@ def attribute(
             packing=inner.packing,
             progress=on_progress,
         )
+    for note in result.notes:
+        on_note(note)
     on_stage("writing the scores")
     scores = Scores(found, target, result.example_N.cpu(), result.token_N_S.cpu())
     record = {
@@ -189,6 +194,7 @@ def attribute(
         data=found.understood.as_dict(),
         gradient_median=result.gradient_median,
         epsilon=against_gradient(inner, result.gradient_median),
+        notes=list(result.notes),
         precision_error=result.stats.get("precision_error"),
         clipped_share=result.stats.get("clipped_share"),
         seconds=time.perf_counter() - started,
@@ -264,6 +270,7 @@ def how_made(
         "phi": result.value,
         "measures": result.measures,
         "gradient_median": result.gradient_median,
+        "notes": list(result.notes),
         "recipe": config.inner.model_dump(mode="json"),
         "lora": config.lora.model_dump(mode="json"),
         "metric": config.metric.model_dump(mode="json"),

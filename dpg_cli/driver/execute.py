@@ -126,7 +126,7 @@ def execute(
             on_stage("training the generator")
             trackers.start = journal.first_step
             trackers.open(folder.path, config.model_dump(mode="json"))
-            training(config, folder, built, journal, stop, on_step, trackers)
+            training(config, folder, built, journal, stop, on_step, on_stage, trackers)
             journal.trained()
             outcome = finish(config, folder, built, journal, on_stage, on_progress)
             trackers.result(outcome.measures, outcome.control)
@@ -237,9 +237,10 @@ def training(
     journal: Journal,
     stop: StopRequest,
     on_step: Callable[[StepReport], None],
+    on_stage: Callable[[str], None],
     trackers: Trackers,
 ) -> None:
-    """The outer steps that are left, with their log and checkpoints.
+    """The outer steps that are left, with their log and checkpoints; what the engine chose is said once.
 
     Raises:
         InterruptedRunError: when it stopped because it was asked to.
@@ -252,6 +253,8 @@ def training(
         done = report.step + 1
         folder.append_metrics(report.numbers)
         trackers.log(report.numbers)
+        for note in journal.note(report.result.notes):
+            on_stage(note)
         on_step(report)
         if config.trainer == "trl":
             return

@@ -164,7 +164,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats={"sgd_lr_matched": float((second - theta).norm()) / length if length > 0 else 0.0},
-            notes=tuple(notes),
+            notes=(*notes, *finding.notes),
         )
 
 
@@ -218,7 +218,7 @@ def attribute_examples(
         reward_N = torch.empty_like(whole.example_N)
         for rows, result in zip(parts, results, strict=True):
             reward_N[rows] = result.value
-        return replace(whole, example_N=reward_N, stats=_spread(results))
+        return replace(whole, example_N=reward_N, stats=_spread(results), notes=_notes(whole, results))
 
     if spec.method == "sgd":
         lr = spec.sgd_lr or whole.stats["sgd_lr_matched"]
@@ -235,6 +235,7 @@ def attribute_examples(
         if labels
         else None,
         stats=stats,
+        notes=_notes(whole, results),
     )
 
 
@@ -265,6 +266,11 @@ def _spread(results: list[Metagradient]) -> dict[str, float]:
     """Mean and standard deviation of Φ over the runs that rewards were taken from."""
     values = torch.tensor([result.value for result in results], dtype=torch.float64)
     return {"phi_runs_mean": float(values.mean()), "phi_runs_std": float(values.std(correction=0))}
+
+
+def _notes(whole: Metagradient, results: list[Metagradient]) -> tuple[str, ...]:
+    """What was chosen in any of the runs, each once."""
+    return tuple(dict.fromkeys(note for result in (whole, *results) for note in result.notes))
 
 
 def _gather(parts: list[Tensor], values: list[Tensor]) -> Tensor:

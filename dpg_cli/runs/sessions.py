@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -143,6 +144,7 @@ class Journal:
             "hardware": here["hardware"],
         }
         self.data: dict[str, Any] = {**here, **data, "finished": False}
+        self.said: set[str] = set()
         self.write()
 
     @property
@@ -154,6 +156,21 @@ class Journal:
         """Bring `run.json` up to date."""
         self.session["seconds"] = round(time.perf_counter() - self.clock, 2)
         write_json(self.folder.info, {**self.data, "sessions": [*self.earlier, self.session]})
+
+    def note(self, notes: Iterable[str]) -> list[str]:
+        """Keep what the engine chose for the target, a sentence each.
+
+        Returns:
+            Those that this session has not been told yet.
+        """
+        new = [note for note in dict.fromkeys(notes) if note not in self.said]
+        if new:
+            self.said.update(new)
+            kept = self.data.get("notes")
+            earlier = [str(note) for note in kept] if isinstance(kept, list) else []
+            self.data["notes"] = list(dict.fromkeys((*earlier, *new)))
+            self.write()
+        return new
 
     def trained(self) -> None:
         """The training is done; a session that resumes after it does not count again."""
