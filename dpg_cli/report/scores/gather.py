@@ -1,0 +1,93 @@
+"""From a scores file to the facts that its page shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpg_cli.attribution.table import read_scores
+from dpg_cli.report.samples import extreme, shade
+from dpg_cli.report.scores.fold import folded
+
+SHOWN = 4000  # rows with their tokens, of all queries together
+LEAST, MOST = 25, 200  # of each end of a query's ranking
+CHARACTERS = 4000  # of a text; the rest is cut
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question that was put to the fine-tuning.
+
+    Attributes:
+        name: in words.
+        before, after: Φ before and after fine-tuning; None where the record does not say.
+        tokens: of the rows at both ends of its ranking: pieces of text with their scores and shades.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    tokens: dict[int, list[tuple[str, float, int]]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page of a scores file shows.
+
+    Attributes:
+        path: the scores.
+        record: how they were made; empty where that is lost.
+        queries: what was asked.
+        ids_N: the number of each row in its source.
+        scores_Q_N: ∂Φ/∂w of each row.
+        texts: what is trained on.
+        stands_N: the row that stands for each, see `folded`.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    queries: list[Query]
+    ids_N: np.ndarray
+    scores_Q_N: np.ndarray
+    texts: list[str]
+    stands_N: np.ndarray
+
+
+def gather(path: Path) -> Facts:
+    """Read a scores file.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    table = read_scores(path)
+    each = max(LEAST, min(MOST, SHOWN // (2 * len(table.queries))))
+    orders = [np.argsort(scores_N, kind="stable") for scores_N in table.scores_Q_N]
+    ends = [{*order[:each].tolist(), *order[-each:].tolist()} for order in orders]
+    pieces = [dict[int, list[tuple[str, float]]]() for _ in ends]
+    words: dict[int, list[str]] = {}
+    for row, said, scores in table.tokens(sorted({row for rows in ends for row in rows})):
+        words[row] = said or words.get(row, [])
+        for query, scores_S in scores.items():
+            if row in ends[query]:
+                pieces[query][row] = list(zip(words[row], scores_S, strict=False))
+    texts = [cut(text) for text in table.texts]
+    stands_N = folded(texts, {row for rows in ends for row in rows})
+    queries = [
+        Query(query.name, query.before, query.after, shaded(own))
+        for query, own in zip(table.queries, pieces, strict=True)
+    ]
+    return Facts(path, table.record, queries, table.ids_N, table.scores_Q_N, texts, stands_N)
+
+
+def cut(text: str) -> str:
+    """A text of a length that a page can show."""
+    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + " … (cut here)"
+
+
+def shaded(rows: dict[int, list[tuple[str, float]]]) -> dict[int, list[tuple[str, float, int]]]:
+    """Pieces with their shades, on one scale for all rows of a query."""
+    scale = extreme([score for row in rows.values() for _, score in row])
+    return {number: [(text, score, shade(score, scale)) for text, score in row] for number, row in sorted(rows.items())}
