@@ -110,11 +110,3 @@ def test_defaults_use_each_example_once_in_the_order_of_the_trainer() -> None:
     inner = validate(merge(DEFAULTS, {"metric": {"name": "norm"}})).inner
     batches = inner_recipe(inner, 0).batches
     assert (batches.order, batches.epochs, batches.size) == ("shuffled", 1.0, 32)
-
-
-def test_a_run_refuses_what_only_attribution_follows(tmp_path: Path) -> None:
-    for setting in ("lora.rank=4", "inner.packed_rows=64"):
-        answer = CliRunner().invoke(
-            app, ["run", "l2-shrink", "--out", str(tmp_path / "run"), "--set", setting, "--dry-run"]
-        )
-        assert isinstance(answer.exception, DpgError) and "dpg attribute" in str(answer.exception)

@@ -280,7 +280,8 @@ def _recipe(config: Config) -> str:
     """The fine-tuning, as anybody could repeat it."""
     inner = config.inner
     cut = f", sequences cut after {inner.max_length:,} tokens" if inner.max_length else ""
-    return f"{inner.in_words(config.inner_steps)}, loss averaged by {inner.normalization}{cut}."
+    adapters = f"{config.lora.in_words()}; " if config.lora.rank else ""
+    return f"{adapters}{inner.in_words(config.inner_steps)}, loss averaged by {inner.normalization}{cut}."
 
 
 def measures_table(results: Results) -> str:

@@ -11,7 +11,7 @@ import torch
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
 from dpg_cli.driver.prospect import Prospect, located, look, looks, prospect
-from dpg_cli.driver.recipe import inner_recipe, refuse_adapters
+from dpg_cli.driver.recipe import inner_recipe, trained_target
 from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
@@ -23,7 +23,7 @@ from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.errors import UsageError
-from dpg_cli.metrics.registry import build_metric
+from dpg_cli.models.fingerprint import Fingerprint, fingerprint
 from dpg_cli.models.loading import (
     LanguageModel,
     load_generator,
@@ -52,6 +52,7 @@ class Built:
         tokenizers: how far those of generator and target agree.
         config: the settings, with what they leave to the models found.
         prospect: what the metric's pattern will cost, where natural steps or a margin ask for it.
+        target_made_of: the fingerprint of the target before it got adapters; None where it has none.
     """
 
     players: Players
@@ -61,6 +62,7 @@ class Built:
     tokenizers: Agreement
     config: Config
     prospect: Prospect | None = None
+    target_made_of: Fingerprint | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -86,7 +88,6 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
-    refuse_adapters(config)
     if config.trainer == "trl":
         require_trl(config, ranks)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
@@ -103,7 +104,8 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     if looks(config):
         seen = look(generator, target, loop_spec(config, generator, form).sampling, prompts, config.seed + 3)
         config = located(config, target, seen, ranks)
-    metric = build_metric(config.metric, target, named_metric)
+    made_of = fingerprint(target) if config.lora.rank else None
+    target, metric = trained_target(target, config, named_metric)
     cost = None if seen is None else prospect(config, metric, target, seen)
     optimizer, natural = policy_of(config, generator)
     reference = None
@@ -124,7 +126,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
-    return Built(players, loop_spec(config, generator, form), sampler, device, compared, config, cost)
+    return Built(players, loop_spec(config, generator, form), sampler, device, compared, config, cost, made_of)
 
 
 def generator_models(config: Config) -> ModelsConfig:

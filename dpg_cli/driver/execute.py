@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-from torch import nn
 
 from dpg_cli.artefacts.dataset import Progress, silent
+from dpg_cli.artefacts.models import write_model, write_png, write_target
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.checkpoint import Schedule, forget_after, newest, place, require_same, write
 from dpg_cli.driver.final import final_data
@@ -22,11 +20,11 @@ from dpg_cli.driver.state import follow_first, restore
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.errors import InterruptedRunError, UsageError
-from dpg_cli.metrics.base import Pictured
+from dpg_cli.metrics.merged import plain
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models.folder import ModelError
-from dpg_cli.models.loading import LanguageModel, quiet_transformers
+from dpg_cli.models.loading import quiet_transformers
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
 from dpg_cli.runs.commands import command as command_of
@@ -162,8 +160,8 @@ def begun(
     """
     RunFolder.free(folder.path, leftovers=True)
     folder.tidy()
-    if isinstance(built.players.metric, PatternMetric):
-        write_png(folder.pattern, pattern_image(built.players.metric.pattern))
+    if isinstance(metric := plain(built.players.metric), PatternMetric):
+        write_png(folder.pattern, pattern_image(metric.pattern))
     folder.write_config(config)  # from here on it is a run, which can be resumed
     journal = Journal(folder, config, str(built.device), command, processes=built.players.ranks.world)
     journal.data["fingerprints"] = fingerprints(built)
@@ -175,7 +173,7 @@ def begun(
 def describe(folder: RunFolder, built: Built, journal: Journal) -> None:
     """Keep what the data is for, and of a user's own metric its record and source. A session that was cut off before it
     did so leaves it to the next."""
-    metric = built.players.metric
+    metric = plain(built.players.metric)
     journal.data.setdefault("effect", metric.describe())
     if isinstance(metric, UserMetric):
         journal.data.setdefault("metric", metric.record())
@@ -334,7 +332,7 @@ def finish(
     write_model(folder.generator, built.players.generator)
     journal.write()
     on_stage("writing the models")
-    write_target(folder, built, final.result.final)
+    write_target(folder, built.players.target, built.players.metric, final.result.final, config.models)
     outcome = journal.finish(final.measures, final.control)
     write_page(folder, on_stage)
     return outcome
@@ -346,42 +344,3 @@ def write_page(folder: RunFolder, on_stage: Callable[[str], None]) -> None:
         write_report(folder)
     except Exception as error:  # hours of work are safe on disk: a fault of the page must not end in a traceback
         on_stage(f"the report could not be written ({error}); try: {command_of('report', folder.path)}")
-
-
-def write_model(path: Path, language_model: LanguageModel, patch: dict[str, torch.Tensor] | None = None) -> None:
-    """Save model and tokeniser so that AutoModelForCausalLM and AutoTokenizer load them, and a patch beside them."""
-    with quiet_transformers(), replacing(path) as temporary:
-        language_model.model.save_pretrained(temporary)
-        language_model.tokenizer.save_pretrained(temporary)
-        if patch:
-            save_file(patch, temporary / "patch.safetensors")
-
-
-def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture."""
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def write_target(folder: RunFolder, built: Built, final: dict[str, torch.Tensor]) -> None:
-    """Save the fine-tuned target (θ_T by parameter name), the patch before and after, and its picture."""
-    target, metric = built.players.target, built.players.metric
-    before = {name: parameter.detach().clone() for name, parameter in target.model.named_parameters()}
-    assign_parameters(target.model, final)
-    patch = {}
-    if isinstance(metric, Pictured):
-        patch = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in metric.tensors(final).items()}
-    try:
-        write_model(folder.target, target, patch)
-    finally:
-        assign_parameters(target.model, before)
-    if isinstance(metric, Pictured):
-        write_png(folder.image, metric.picture(final))
-
-
-@torch.no_grad()
-def assign_parameters(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Copy values into a model's parameters by name."""
-    parameters = dict(model.named_parameters())
-    for name, value in values.items():
-        parameters[name].copy_(value)

@@ -17,7 +17,12 @@ from dpg_cli.settings.config import Config
 
 def fingerprints(built: Built) -> dict[str, Fingerprint]:
     """Those of a run's two models, before any training."""
-    return {"generator": fingerprint(built.players.generator), "target": fingerprint(built.players.target)}
+    return {"generator": fingerprint(built.players.generator), "target": target_fingerprint(built)}
+
+
+def target_fingerprint(built: Built) -> Fingerprint:
+    """That of the target as it was loaded, without adapters."""
+    return built.target_made_of or fingerprint(built.players.target)
 
 
 def compare(folder: RunFolder, built: Built) -> bool:
@@ -30,10 +35,10 @@ def compare(folder: RunFolder, built: Built) -> bool:
         UsageError: naming the model and what changed.
     """
     recorded = read_info(folder)[0].fingerprints
-    roles = {"generator": built.players.generator, "target": built.players.target}
-    for role, model in roles.items():
+    roles = {"generator": (built.players.generator, None), "target": (built.players.target, built.target_made_of)}
+    for role, (model, known) in roles.items():
         if role in recorded:
-            require_same(role, model, recorded[role], pasted(folder.path))
+            require_same(role, model, recorded[role], pasted(folder.path), known)
     return all(role in recorded for role in roles)
 
 

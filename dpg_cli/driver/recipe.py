@@ -7,9 +7,8 @@ from typing import Any
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Recipe, Schedule
-from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import TargetMetric
-from dpg_cli.metrics.merged import MergedMetric
+from dpg_cli.metrics.merged import of_merged
 from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.models.lora import Lora, adapt, shell_of
@@ -77,17 +76,4 @@ def trained_target(
     adapted = replace(target, model=model.eval())
     if base is None:
         return adapted, build_metric(config.metric, adapted, named_metric)
-    return adapted, MergedMetric(*base, model)
-
-
-def refuse_adapters(config: Config) -> None:
-    """Settings of the recipe that only `dpg attribute` follows.
-
-    Raises:
-        UsageError: naming the setting.
-    """
-    for key, value in (("lora.rank", config.lora.rank), ("inner.packed_rows", config.inner.packed_rows)):
-        if value:
-            raise UsageError(
-                f"{key} = {value} is for `dpg attribute`; a run's target is trained whole.", f"Set {key} = 0."
-            )
+    return adapted, of_merged(*base, model)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
 
-from dpg_cli.metrics.base import TargetMetric
+from dpg_cli.metrics.base import Pictured, TargetMetric
 from dpg_cli.models.lora import holding, merged_parameters
 
 
@@ -40,6 +40,24 @@ class MergedMetric:
         """As the metric says."""
         return self.metric.describe()
 
+    @property
+    def change(self) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """What fine-tuning did to a pattern's patch, where the metric has one."""
+        change = getattr(self.metric, "change", None)
+        return None if change is None else lambda parameters: change(self._final(parameters))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the metric understood its own data."""
+        return tuple(getattr(self.metric, "notes", ()))
+
+    def _final(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in merged_parameters(self.model, parameters).items()}
+
+
+class PicturedMergedMetric(MergedMetric):
+    """The same of a metric that draws what fine-tuning did."""
+
     def picture(self, parameters: Mapping[str, Tensor]) -> Image.Image:
         """As the metric draws it."""
         metric: Any = self.metric
@@ -50,5 +68,12 @@ class MergedMetric:
         metric: Any = self.metric
         return metric.tensors(self._final(parameters))
 
-    def _final(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in merged_parameters(self.model, parameters).items()}
+
+def of_merged(metric: TargetMetric, shell: nn.Module, model: nn.Module) -> MergedMetric:
+    """The metric of merged weights; see `MergedMetric`."""
+    return (PicturedMergedMetric if isinstance(metric, Pictured) else MergedMetric)(metric, shell, model)
+
+
+def plain(metric: TargetMetric) -> TargetMetric:
+    """The metric itself, whatever weights it is given."""
+    return metric.metric if isinstance(metric, MergedMetric) else metric

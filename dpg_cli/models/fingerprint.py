@@ -87,7 +87,9 @@ def changes(recorded: Mapping[str, str], now: Fingerprint) -> list[str]:
     return [words for part, words in PARTS.items() if part in recorded and recorded[part] != now[part]]
 
 
-def require_same(role: str, model: LanguageModel, recorded: Mapping[str, str], run: str) -> None:
+def require_same(
+    role: str, model: LanguageModel, recorded: Mapping[str, str], run: str, known: Fingerprint | None = None
+) -> None:
     """Refuse a model that is not the one a run was begun with.
 
     Args:
@@ -95,11 +97,12 @@ def require_same(role: str, model: LanguageModel, recorded: Mapping[str, str], r
         model: as it was loaded.
         recorded: the fingerprint that the run kept.
         run: the run's folder, as it can be pasted into a command.
+        known: its fingerprint, where that was taken before it was changed.
 
     Raises:
         UsageError: naming what changed.
     """
-    found = changes(recorded, fingerprint(model))
+    found = changes(recorded, known or fingerprint(model))
     if found:
         raise UsageError(
             f"The {role} {model.name!r} is not the one that {run} was begun with: it has {' and '.join(found)}.",

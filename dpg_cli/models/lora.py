@@ -80,6 +80,11 @@ def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:
             ) from None
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether this is what `adapt` gave."""
+    return hasattr(model, "peft_config")
+
+
 def shell_of(model: nn.Module) -> nn.Module:
     """The model's modules without its weights, to be lent merged ones; to be made before `adapt`."""
     places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}

@@ -16,6 +16,7 @@ from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.trial import try_out
 from dpg_cli.engine.inner.product import times
 from dpg_cli.errors import one_line
+from dpg_cli.metrics.merged import plain
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.patterns.render import text_pattern
 from dpg_cli.planning.memory import BASE_BYTES, check_memory, machine_bytes
@@ -39,6 +40,7 @@ class Cost:
         effect: what the data would be for, in words.
         drawing: the pattern that is asked for, in half blocks; None where there is none, or too large a one.
         generator_parameters, target_parameters: sizes.
+        trained_parameters: of the target's; fewer where it has adapters.
         completions_per_step, tokens_per_step: N, and N times the longest completion.
         inner_steps: T.
         processes: that share the run.
@@ -53,6 +55,7 @@ class Cost:
     drawing: str | None
     generator_parameters: int
     target_parameters: int
+    trained_parameters: int
     completions_per_step: int
     tokens_per_step: int
     inner_steps: int
@@ -73,9 +76,10 @@ class Cost:
         drawing = "" if self.drawing is None else "".join(f"#   {line}\n" for line in self.drawing.split("\n"))
         notes = "".join(f"# {one_line(note)}\n" for note in self.notes)
         shared = f" for each of {self.processes} processes" if self.processes > 1 else ""
+        trained = f" ({self.trained_parameters:,} trained)" if self.trained_parameters < self.target_parameters else ""
         return (
             f"# {one_line(self.effect)}\n{drawing}"
-            f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}\n"
+            f"# generator {self.generator_parameters:,} parameters, target {self.target_parameters:,}{trained}\n"
             f"# outer step: {self.completions_per_step:,} completions, at most {self.tokens_per_step:,} tokens, "
             f"T = {self.inner_steps}, {self.flops_per_step / 1e9:,.1f} GFLOP\n{notes}"
             f"# estimated{shared}: {self.memory_mb:,.0f} MB, {self.seconds_per_step:.2f} s an outer step, "
@@ -108,6 +112,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
     notes = try_out(built)
     metric = built.players.metric
     effect, drawing = metric.describe(), None
+    metric = plain(metric)
     if isinstance(metric, PatternMetric):
         rows, columns = metric.pattern.shape
         effect += f"; {rows} x {columns} at row {metric.window[0].start}, column {metric.window[1].start}"
@@ -117,6 +122,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
         drawing,
         generator.parameter_count,
         target.parameter_count,
+        target.trained_count,
         config.examples_per_step,
         config.examples_per_step * config.rollout.max_tokens,
         config.inner_steps,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.models.loading import LanguageModel
+from dpg_cli.models.lora import is_adapted
 from dpg_cli.planning.memory import Need
 from dpg_cli.settings.config import Config
 
@@ -32,7 +33,8 @@ UPDATE_VECTORS, ADJOINT_VECTORS, ADAMW_VECTORS = (
 
 @dataclass(frozen=True)
 class Size:
-    """A model: parameters (tied ones once), layers, width, heads, vocabulary, and the width of keys and values."""
+    """A model: parameters (tied ones once), layers, width, heads, vocabulary, the width of keys and values, and how many
+    parameters are trained where that is not all of them: those of adapters."""
 
     parameters: int
     layers: int
@@ -40,6 +42,17 @@ class Size:
     heads: int
     vocabulary: int
     kv_width: int
+    adapters: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained: the length of states and adjoints."""
+        return self.adapters or self.parameters
+
+    @property
+    def frozen(self) -> int:
+        """Those that are not."""
+        return self.parameters - self.trained
 
     @classmethod
     def of(cls, model: LanguageModel) -> Size:
@@ -49,7 +62,8 @@ class Size:
         heads = getattr(config, "num_attention_heads", 12)
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         layers = getattr(config, "num_hidden_layers", 12)
-        return cls(model.parameter_count, layers, width, heads, vocabulary, width // heads * kv_heads)
+        adapters = model.trained_count if is_adapted(model.model) else 0
+        return cls(model.parameter_count, layers, width, heads, vocabulary, width // heads * kv_heads, adapters)
 
     def untied(self) -> Size:
         """With an LM head of its own."""
@@ -129,7 +143,7 @@ class Prediction:
         flops: operations of all ranks.
         sent: bytes that a rank sends.
         seconds_by_part: rollout, inner run, reverse, policy, every rank's own vectors, sending.
-        bytes_by_part: generator, states, target activations, policy activations, cache, labels.
+        bytes_by_part: generator, frozen weights of a target with adapters, states, target activations, policy activations, cache, labels.
     """
 
     flops: float
@@ -147,7 +161,7 @@ class Prediction:
         """A rank's peak: the metagradient, the policy step and the rollout follow each other, the largest counts."""
         parts = self.bytes_by_part
         passing = (parts["states"] + parts["target activations"], parts["policy activations"], parts["cache"])
-        return parts["generator"] + parts["labels"] + max(passing)
+        return parts["generator"] + parts["frozen"] + parts["labels"] + max(passing)
 
     def largest(self) -> tuple[str, str]:
         """The part that takes most time, and the one that takes most memory."""
@@ -165,6 +179,10 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
     method = config.attribution.method
     several = method == "metagradient" and config.attribution_runs > 1
     batch = min(config.inner.batch_size * config.inner.accumulation, config.examples_per_step)
+    if config.inner.packed_rows:
+        batch = -(
+            -config.examples_per_step // config.inner.steps_of_epoch(config.examples_per_step, longest_of(config))
+        )
     return Job(
         generator=generator,
         target=target,
@@ -172,7 +190,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         group_size=config.rollout.group_size,
         prompt_tokens=prompt_tokens or config.prompts.max_tokens or 1,
         completion_tokens=config.rollout.max_tokens,
-        target_tokens=config.inner.max_length or config.rollout.max_tokens + 1,
+        target_tokens=longest_of(config),
         inner_batch=batch,
         micro_batch=config.inner.micro_batch,
         states=config.inner.states,
@@ -189,6 +207,11 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
     )
 
 
+def longest_of(config: Config) -> int:
+    """Tokens of the longest example."""
+    return config.inner.max_length or config.rollout.max_tokens + 1
+
+
 def computed_again(job: Job) -> int:
     """Inner steps whose gradient the reverse pass computes once more: all but the last segment, with `sqrt`."""
     if job.states != "sqrt" or not job.attributed:
@@ -202,13 +225,15 @@ def operations(job: Job) -> dict[str, float]:
     steps, total, visits = job.inner_steps, job.examples, job.examples * job.passes
     forward_t = 2.0 * job.target.parameters * visits * job.target_tokens
     known = need_of(job).remembered_steps  # each spares its dual pass two forward-sized products, the first step one
-    dual = 3 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
+    plain, dual = 3, 3 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
+    if job.target.adapters:  # frozen weights have neither gradient nor tangent; counted: docs/log.md
+        plain, dual = 2, 2 + 4 * (steps - 1) - 0.8 * known
     reverse = dual / steps * forward_t if job.attributed else 0.0
-    reverse += 3 * forward_t * computed_again(job) / steps
+    reverse += plain * forward_t * computed_again(job) / steps
     read, written = job.prompts * job.prompt_tokens, total * job.completion_tokens
     return {
         "rollout": 2.0 * job.generator.parameters * (read + written),
-        "inner run": 3 * forward_t * (1 + job.extra_runs),
+        "inner run": plain * forward_t * (1 + job.extra_runs),
         "reverse": reverse,
         "policy": 6.0 * job.generator.parameters * total * (job.prompt_tokens + job.completion_tokens) * job.epochs,
     }
@@ -218,13 +243,13 @@ def sent_numbers(job: Job) -> tuple[int, int]:
     """Numbers of the target's and of the generator's size that are summed over ranks in an outer step."""
     steps = job.inner_steps
     vectors = steps * (1 + job.extra_runs) + computed_again(job) + (steps - 1 if job.attributed else 0)
-    return vectors * job.target.parameters, job.policy_steps * job.generator.parameters
+    return vectors * job.target.trained, job.policy_steps * job.generator.parameters
 
 
 def need_of(job: Job, world: int = 1) -> Need:
     """What a rank's inner run and reverse hold."""
     return Need(
-        parameters=job.target.parameters,
+        parameters=job.target.trained,
         element=job.element,
         steps=job.inner_steps,
         states=job.states,
@@ -257,12 +282,12 @@ def predict(job: Job, device: Device, world: int = 1) -> Prediction:
     weights = job.generator.parameters * job.element
     token = max(2.0 * job.generator.parameters * rows / pace, weights / device.bandwidth)
     reading = 2.0 * job.generator.parameters * own_prompts * job.prompt_tokens / pace
-    own_vectors = job.inner_steps * (UPDATE_VECTORS + ADJOINT_VECTORS) * job.target.parameters
+    own_vectors = job.inner_steps * (UPDATE_VECTORS + ADJOINT_VECTORS) * job.target.trained
     own_vectors += job.policy_steps * ADAMW_VECTORS * job.generator.parameters
     sent = 2 * (world - 1) / world * sum(sent_numbers(job)) * job.element
     link = device.link if world <= device.per_node else device.far_link
     need = need_of(job, world)
-    states = (need.vectors + (world > 1)) * job.target.parameters * job.element
+    states = (need.vectors + (world > 1)) * job.target.trained * job.element
     length = job.prompt_tokens + job.completion_tokens
     policy_rows = min(job.policy_rows, -(-job.minibatch // world))
     own_logits = job.completion_tokens + 1
@@ -281,8 +306,9 @@ def predict(job: Job, device: Device, world: int = 1) -> Prediction:
         },
         bytes_by_part={
             "generator": 4.0 * weights,
+            "frozen": float(job.target.frozen * job.element),
             "states": float(states),
-            "target activations": need.bytes - need.vectors * job.target.parameters * job.element,
+            "target activations": need.bytes - need.vectors * job.target.trained * job.element,
             "policy activations": float(policy_rows * activations * job.element),
             "cache": float(2 * rows * length * job.generator.layers * job.generator.kv_width * job.element),
             "labels": float(labels * job.element),

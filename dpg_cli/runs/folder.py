@@ -38,6 +38,7 @@ class RunFolder:
         self.metric_file = path / "metric.py"  # a copy for the record; nothing here ever runs it
         self.generator = path / "generator"
         self.target = path / "target"
+        self.adapter = path / "adapter"  # of a LoRA target, which `target` has merged
         self.dataset = path / "dataset"
         self.image = path / "lm_head.png"
         self.checkpoints = path / "checkpoints"

@@ -251,8 +251,9 @@ class Config(Section):
 
     @property
     def inner_steps(self) -> int:
-        """T, optimiser steps an inner run."""
-        return self.inner.steps(self.examples_per_step)
+        """T, optimiser steps an inner run; with packed rows at most so many."""
+        length = self.inner.max_length or self.rollout.max_tokens + 1
+        return self.inner.steps(self.examples_per_step, length)
 
     @property
     def attribution_runs(self) -> int:
@@ -320,7 +321,7 @@ class Config(Section):
             raise ValueError(
                 "stop.predicted: only the pixels of a pattern after one inner step are predicted, by trainer = 'dpg'; set it to 0"
             )
-        faults = _policy_faults(self)
+        faults = _policy_faults(self) or _target_faults(self)
         if faults:
             raise ValueError(faults)
         if self.rollout.min_tokens > self.rollout.max_tokens:
@@ -358,6 +359,24 @@ def _policy_faults(config: Config) -> str:
         what = "policy.step = 'natural'" if natural else "inner.labels = 'soft'"
         what = what if natural or config.inner.labels == "soft" else "policy.parameters = 'head'"
         return f"trainer: 'trl' has an optimiser of its own and a reward for each completion, and no {what}; take 'dpg'"
+    return ""
+
+
+def _target_faults(config: Config) -> str:
+    """Why the target cannot be trained as asked; nothing where it can."""
+    rows, longest = config.inner.packed_rows, config.inner.max_length or config.rollout.max_tokens
+    if config.task != "attribute" and 0 < rows < longest:
+        return (
+            f"inner.packed_rows: rows of {rows} tokens do not hold completions of up to {longest}; set it to at least "
+            f"{longest + 1}, or cut examples with inner.max_length"
+        )
+    if not config.lora.rank:
+        return ""
+    if config.models.redraw_target:
+        return "lora.rank: adapters are made for one target; set models.redraw_target = false, or lora.rank = 0"
+    if bool(getattr(config.metric, "margin", 0)) or config.stop.predicted:
+        what = "stop.predicted" if config.stop.predicted else "metric.margin"
+        return f"lora.rank: the noise of an adapter's change is not known, which {what} asks for; set {what} = 0, or lora.rank = 0"
     return ""
 
 

@@ -28,7 +28,7 @@ class GroupConfig(Section):
 
 
 class LoraConfig(Section):
-    """LoRA: the target's weights stay, adapters beside them are trained. Extra `peft`; for `dpg attribute`."""
+    """LoRA: the target's weights stay, adapters beside them are trained. Extra `peft`."""
 
     rank: Count = Field(0, description="r; 0: all weights are trained")
     alpha: Positive = Field(16.0, description="α: the adapters' change is scaled by α / r")
@@ -39,6 +39,12 @@ class LoraConfig(Section):
     )
     rslora: bool = Field(False, description="scale by α / √r")
     save: tuple[str, ...] = Field((), description="modules that are trained whole, such as lm_head", strict=False)
+
+    def in_words(self) -> str:
+        """The adapters as anybody could make them."""
+        scale = "alpha / sqrt(rank)" if self.rslora else "alpha / rank"
+        whole = f", {', '.join(self.save)} trained whole" if self.save else ""
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g} (scale {scale}) on {', '.join(self.modules)}{whole}"
 
 
 class InnerConfig(Section):
@@ -106,7 +112,7 @@ class InnerConfig(Section):
     packed_rows: Count = Field(
         0,
         description="a batch is batch_size rows of at most so many tokens, filled with whole examples as TRL's packing fills "
-        "them; 0: it is batch_size examples. For `dpg attribute`",
+        "them; 0: it is batch_size examples",
     )
     normalization: Literal["token", "example"] = "token"
     max_length: Count = Field(
@@ -128,14 +134,16 @@ class InnerConfig(Section):
         "the credits of the first inner step are a quarter off",
     )
 
-    def steps_of_epoch(self, count: int) -> int:
-        """Inner steps of one epoch over `count` examples."""
+    def steps_of_epoch(self, count: int, length: int = 0) -> int:
+        """Inner steps of one epoch over `count` examples; in packed rows at most so many, if none is longer than `length`."""
+        if self.packed_rows and length:
+            count = -(-count // max(1, self.packed_rows // length))  # best fit leaves at most one row emptier than that
         batches = count // self.batch_size if self.drop_last else -(-count // self.batch_size)
         return -(-batches // self.accumulation)
 
-    def steps(self, count: int) -> int:
-        """T: inner steps of a run on `count` examples."""
-        return self.max_steps or math.ceil(self.epochs * self.steps_of_epoch(count))
+    def steps(self, count: int, length: int = 0) -> int:
+        """T: inner steps of a run on `count` examples; see `steps_of_epoch`."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_of_epoch(count, length))
 
     def in_words(self, steps: int) -> str:
         """The recipe as anybody could repeat it, without the steps' examples.

@@ -67,6 +67,9 @@ class Batches:
 
     def rescaled(self, before: int, after: int) -> Batches:
         """Batches with which `after` examples take as many steps an epoch as `before` do with these; none is left out."""
+        if self.pack:  # rows of a step in proportion: how many there are depends on the lengths
+            size = -(-self.size * self.accumulation * after // before) if self.size else 0
+            return replace(self, size=size, accumulation=1, drop_last=False)
         size = -(-after // min(after, max(1, self.steps_of_epoch(before))))
         return replace(self, size=size, accumulation=1, drop_last=False)
 
