@@ -28,6 +28,7 @@ FORBIDDEN = [
     ("engine/reverse/", ("dpg_cli.engine.generator", "dpg_cli.engine.loop")),
     ("engine/generator/", ("dpg_cli.engine.reverse", "dpg_cli.engine.loop")),
     ("evidence/verify.py", ("dpg_cli.engine",)),
+    ("evidence/stock", ("dpg_cli.engine",)),
     ("runs/", ("dpg_cli.driver", "dpg_cli.artefacts", "dpg_cli.inspection", "dpg_cli.export")),
     ("driver/", ("dpg_cli.inspection", "dpg_cli.export")),
     ("integrations/", ("dpg_cli.driver", "dpg_cli.runs", "dpg_cli.inspection", "dpg_cli.export")),

@@ -133,12 +133,16 @@ CASES: dict[str, tuple[dict[str, Any], Recipe]] = {  # what the trainer is told,
 }
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One that the trainer is content with."""
+    words = WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w0", pad_token="w0")
+
+
 def trained_by_trl(
     model: nn.Module, examples: Examples, arguments: dict[str, Any], folder: Path, adapters: Any = None
 ) -> nn.Module:
     """The model after SFTTrainer, on rows that are tokens already."""
-    words = WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w0", pad_token="w0")
     lengths = examples.attention_N_S.sum(1).tolist()
     rows = [
         {
@@ -157,7 +161,7 @@ def trained_by_trl(
         model,
         config,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
         compute_loss_func=mean_loss if double else None,
         peft_config=adapters,
     )

@@ -15,7 +15,8 @@ from unrolled import twin
 from dpg_cli.engine import Batches, OptimizerSpec, Recipe, Schedule, metagradient
 from dpg_cli.engine.inner.head import find_head
 from dpg_cli.errors import UsageError
-from dpg_cli.metrics.merged import MergedMetric
+from dpg_cli.metrics.base import Pictured
+from dpg_cli.metrics.merged import MergedMetric, PicturedMergedMetric, of_merged
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.models.lora import Lora, adapt, merged_parameters, shell_of
 
@@ -131,7 +132,8 @@ def test_a_norm_of_the_merged_head() -> None:
     base = make_target("llama", tied=False)
     metric, shell = NormMetric(base), shell_of(base)
     model = adapt(base, Lora(2, 4.0, ("lm_head",)), 0).eval()
-    merged = MergedMetric(metric, shell, model)
+    merged = of_merged(metric, shell, model)
+    assert isinstance(merged, PicturedMergedMetric) and not isinstance(MergedMetric(METRIC, shell, model), Pictured)
     result = metagradient(model, make_examples(COUNT), RECIPE, merged)
     assert result.value == pytest.approx(-metric.before + -result.measures["norm_change"])
     assert abs(result.measures["norm_change"]) > 1e-6

@@ -16,6 +16,7 @@ from dpg_cli.driver.execute import StopRequest, execute
 from dpg_cli.engine import Examples, metagradient
 from dpg_cli.engine.loop import StepReport
 from dpg_cli.errors import ConfigError, InterruptedRunError
+from dpg_cli.evidence.stock import read_input_ids, stock_side, train_fresh
 from dpg_cli.models.loading import load, load_target
 from dpg_cli.planning.cost import estimate
 from dpg_cli.runs.folder import RunFolder
@@ -36,6 +37,13 @@ CPU = torch.device("cpu")
 def settings(task: str, *more: str) -> Config:
     own = ['metric.text="HI"'] if task == "qr-embed" else []
     return resolve(find(f"{task}.tiny").data(), [*SMALL, *own, *more])
+
+
+def moved_apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start: Any) -> float:
+    """Relative to the update."""
+    before = dict(start.named_parameters())
+    gap = sum(float((ours[name] - theirs[name]).detach().double().square().sum()) for name in before)
+    return (gap / sum(float((theirs[n] - before[n]).detach().double().square().sum()) for n in before)) ** 0.5
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -73,11 +81,16 @@ def test_an_adapter_lies_beside_the_merged_target_and_a_run_goes_on(tmp_path: Pa
     assert execute(config, stopped, resume=True).measures == outcome.measures
     merged, again = weights(whole.target), weights(stopped.target)
     assert all(torch.equal(value, again[name]) for name, value in merged.items())
-    norm = float(merged["transformer.h.1.mlp.c_fc.weight"].norm())
+    norm = float(merged["transformer.h.1.mlp.c_fc.weight"].detach().norm())
     assert norm == pytest.approx(-outcome.measures["phi"], rel=1e-6)
     adapted = load(str(whole.adapter), device=CPU)  # merges
     assert all(torch.allclose(value, merged[name], atol=1e-6) for name, value in adapted.model.named_parameters())
     assert json.loads((whole.adapter / "adapter_config.json").read_text())["r"] == 2
+    rows = read_input_ids(whole.dataset / "train.parquet")
+    for asked in ("plain", "trl"):  # what `dpg verify` makes of the exported rows
+        fresh, steps = train_fresh(config, rows, CPU, side=stock_side(config, asked, CPU))
+        assert steps == config.inner_steps
+        assert moved_apart(dict(fresh.model.named_parameters()), merged, load_target(config.models, CPU).model) < 1e-4
 
 
 def test_text_is_read_through_the_adapters() -> None:

@@ -71,8 +71,7 @@ def trained_target(
         return target, build_metric(config.metric, target, named_metric)
     text = isinstance(config.metric, TextLossOptions)  # reads what the model says, and needs no merged weights
     base = None if text else (build_metric(config.metric, target, named_metric), shell_of(target.model))
-    lora = Lora(asked.rank, asked.alpha, asked.modules, asked.rslora, asked.save)
-    model: Any = adapt(target.model, lora, config.seed)
+    model: Any = adapt(target.model, Lora.of(asked), config.seed)
     adapted = replace(target, model=model.eval())
     if base is None:
         return adapted, build_metric(config.metric, adapted, named_metric)

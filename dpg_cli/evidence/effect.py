@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock import UNWATCHED, Watcher, read_input_ids, train_fresh
+from dpg_cli.evidence.stock import PLAIN, UNWATCHED, StockSide, Watcher, read_input_ids, train_fresh
 from dpg_cli.evidence.stock_recipe import require_stock_optimizer
 from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.runs.folder import RunFolder
@@ -67,6 +67,7 @@ class EffectVerdict:
         data: after the run's dataset.
         control: after the untrained generator's data.
         saved: measures of RUN/target, read from its file; for the eye alone, the verdict does not rest on it.
+        trainer: who did the stock training, in words.
     """
 
     about: str
@@ -74,6 +75,7 @@ class EffectVerdict:
     data: Reading
     control: Reading
     saved: dict[str, float] | None = None
+    trainer: str = PLAIN.about
 
     @property
     def gap(self) -> float:
@@ -142,7 +144,7 @@ class EffectVerdict:
         )
         quarters = (("dataset's quarters", self.data.folds), ("control's quarters", self.control.folds))
         return [
-            f"{self.about}; stock torch.optim, {steps}",
+            f"{self.about}; trained by {self.trainer}, {steps}",
             *(
                 f"{name + ':':<20}" + "  ".join(f"{key} {value:.6g}" for key, value in row.items())
                 for name, row in rows
@@ -155,7 +157,13 @@ class EffectVerdict:
 
 
 def verify_effect(
-    folder: RunFolder, config: Config, device: torch.device, about: str, read: Reader, watch: Watcher = UNWATCHED
+    folder: RunFolder,
+    config: Config,
+    device: torch.device,
+    about: str,
+    read: Reader,
+    watch: Watcher = UNWATCHED,
+    side: StockSide = PLAIN,
 ) -> EffectVerdict:
     """Train fresh targets on both datasets and on their quarters, and read each.
 
@@ -166,6 +174,7 @@ def verify_effect(
         about: what is measured, in words.
         read: Φ and measures of a target.
         watch: told of stages and progress.
+        side: who trains.
 
     Raises:
         UsageError: for optimiser settings that stock PyTorch lacks, or a dataset too small to be cut.
@@ -180,10 +189,11 @@ def verify_effect(
                 f"Run again with --set dataset.examples={32 * FOLDS} or more.",
             )
         watch.stage(f"training a fresh target on {name}, and one on each quarter")
-        target, steps = train_fresh(config, rows, device, watch.progress)
+        target, steps = train_fresh(config, rows, device, watch.progress, side)
         parts = [rows[len(rows) * k // FOLDS : len(rows) * (k + 1) // FOLDS] for k in range(FOLDS)]
-        folds = tuple(read(train_fresh(config, part, device, watch.progress)[0])["phi"] for part in parts)
+        folds = tuple(read(train_fresh(config, part, device, watch.progress, side)[0])["phi"] for part in parts)
         return Reading(read(target), folds, len(rows), steps)
 
     before = read(load_target(config.models, device))
-    return EffectVerdict(about, before, reading("train.parquet"), reading("control.parquet"))
+    data, control = reading("train.parquet"), reading("control.parquet")
+    return EffectVerdict(about, before, data, control, trainer=side.about)

@@ -6,10 +6,11 @@ rounding. Memory is the model's, the optimiser's, four bytes a token of the data
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence.stock_recipe import stock_optimizers, stock_order, stock_schedule
+from dpg_cli.evidence.stock_plan import Row, StockPlan, stock_plan
+from dpg_cli.evidence.stock_recipe import stock_optimizers, stock_schedule
 from dpg_cli.models.loading import LanguageModel, load_target
+from dpg_cli.models.lora import Lora, adapt
 from dpg_cli.settings.config import Config
 from dpg_cli.settings.inner import InnerConfig
 
@@ -53,26 +56,80 @@ class Watcher:
 UNWATCHED = Watcher()
 
 
-def trained_target(
-    config: Config, data: Path, device: torch.device, progress: Progress = silent
-) -> tuple[LanguageModel, int, int]:
-    """A fresh target after fine-tuning on a parquet file with the run's recipe.
+@dataclass(frozen=True)
+class StockSide:
+    """Who does the stock training.
 
-    Returns:
-        The target, the number of examples and of optimiser steps.
+    Attributes:
+        trl: TRL's SFTTrainer; else the plain loop of this module.
+        about: it in words.
     """
-    sequences = read_input_ids(data)
-    target, steps = train_fresh(config, sequences, device, progress)
-    return target, len(sequences), steps
+
+    trl: bool = False
+    about: str = "a plain loop of torch.optim"
+
+
+PLAIN = StockSide()
+
+
+def stock_side(config: Config, asked: str, device: torch.device) -> StockSide:
+    """Who trains for a run.
+
+    Args:
+        config: its settings.
+        asked: "trl", "plain", or "auto" for TRL's SFTTrainer where it is installed and can follow the recipe.
+        device: where it will train.
+
+    Raises:
+        UsageError: if TRL is asked for and is not installed, or cannot follow the recipe.
+    """
+    if asked not in ("auto", "trl", "plain"):
+        raise UsageError(f"There is no trainer {asked!r}.", "Give auto, trl or plain.")
+    plain = replace(PLAIN, about=f"{PLAIN.about}{' and PEFT' if config.lora.rank else ''}")
+    if asked == "plain":
+        return plain
+    if find_spec("trl") is None or find_spec("datasets") is None:
+        if asked == "trl":
+            raise UsageError("--trainer trl needs TRL, which is not installed.", "pip install 'dpg-cli[trl]'")
+        return replace(plain, about=f"{plain.about} (TRL is not installed)")
+    from dpg_cli.evidence.stock_trl import named, unfit
+
+    reason = unfit(config, device)
+    if reason and asked == "trl":
+        raise UsageError(f"TRL's SFTTrainer cannot follow this run: {reason}.", "--trainer plain")
+    return replace(plain, about=f"{plain.about} ({reason})") if reason else StockSide(True, named())
 
 
 def train_fresh(
-    config: Config, sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device, progress: Progress = silent
+    config: Config,
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    device: torch.device,
+    progress: Progress = silent,
+    side: StockSide = PLAIN,
 ) -> tuple[LanguageModel, int]:
-    """A fresh target after fine-tuning on token sequences with the run's recipe, and the optimiser steps it took."""
-    target = load_target(config.models, device)
-    each = config.inner.steps_of_epoch(config.examples_per_step)
-    return target, fine_tune(target.model, sequences, config.inner, each, progress, config.seed)
+    """A fresh target after fine-tuning on token sequences with the run's recipe, and the optimiser steps it took.
+
+    Adapters are PEFT's, made from the run's seed, and merged by PEFT afterwards.
+
+    Args:
+        config: the run's settings.
+        sequences: every token after the first is a label.
+        device: where to train.
+        progress: of the rows.
+        side: who trains.
+    """
+    target, inner = load_target(config.models, device), config.inner
+    each = inner.steps_of_epoch(config.examples_per_step)
+    plan = stock_plan(sequences, inner, each, config.seed, config.examples_per_step)
+    model: Any = adapt(target.model, Lora.of(config.lora), config.seed) if config.lora.rank else target.model
+    if side.trl:
+        from dpg_cli.evidence.stock_trl import train_by_trl
+
+        at_once = rows_at_once(model, inner.packed_rows or max((len(row.ids) for row in plan.rows), default=1))
+        model = train_by_trl(model, target.tokenizer, plan, inner, config.seed, at_once, progress)
+    else:
+        train(model.eval(), plan, inner, progress)
+    return (replace(target, model=model.merge_and_unload()) if config.lora.rank else target), len(plan.steps)
 
 
 def read_input_ids(path: Path) -> list[np.ndarray]:
@@ -119,22 +176,27 @@ def fine_tune(
     Returns:
         The number of optimiser steps taken.
     """
-    longest = inner.max_length or (max(map(len, sequences)) if len(sequences) else 0)
-    size = -(-len(sequences) // steps_of_epoch)
-    starts = range(0, len(sequences), size)
-    steps = inner.max_steps or math.ceil(inner.epochs * len(starts))
+    plan = stock_plan(sequences, inner, steps_of_epoch, seed)
+    train(model, plan, inner, progress)
+    return len(plan.steps)
+
+
+def train(model: PreTrainedModel, plan: StockPlan, inner: InnerConfig, progress: Progress = silent) -> None:
+    """The plain loop: forward, backward, clip, step. A packed row's members are trained as the rows that they are.
+
+    Args:
+        model: changed in place.
+        plan: the rows of each step.
+        inner: the recipe.
+        progress: called after each micro-batch.
+    """
+    longest = inner.max_length or max((len(row.ids) for row in plan.rows), default=0)
     optimizers = stock_optimizers(model, inner)
-    schedules = [stock_schedule(optimizer, inner, steps) for optimizer in optimizers]
-    whole = sum(min(size, len(sequences) - starts[number % len(starts)]) for number in range(steps))
-    order: list[int] = []
-    passed = 0
-    for taken in range(steps):
-        epoch, start = taken // len(starts), starts[taken % len(starts)]
-        if start == 0:
-            order = stock_order(len(sequences), inner, seed, epoch)
-        batch = [sequences[row] for row in order[start : start + size]]
-        tokens = sum(map(len, batch)) - len(batch)
-        total = tokens if inner.normalization == "token" else len(batch) * longest
+    schedules = [stock_schedule(optimizer, inner, len(plan.steps)) for optimizer in optimizers]
+    whole, passed = sum(map(len, plan.steps)), 0
+    for taken, numbers in enumerate(plan.steps):
+        batch = [plan.rows[number] for number in numbers]
+        total = sum(row.tokens for row in batch) if inner.normalization == "token" else len(batch) * longest
         model.zero_grad()
         for done in accumulate(model, batch, total):
             progress(passed + done, whole)
@@ -143,23 +205,22 @@ def fine_tune(
             torch.nn.utils.clip_grad_norm_(model.parameters(), inner.max_grad_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-            if taken + 1 < steps:  # transformers' polynomial has no value after the last step
+            if taken + 1 < len(plan.steps):  # transformers' polynomial has no value after the last step
                 schedule.step()
-    return steps
 
 
-def accumulate(model: PreTrainedModel, batch: Sequence[Sequence[int] | np.ndarray], total: int) -> Iterator[int]:
+def accumulate(model: PreTrainedModel, batch: Sequence[Row], total: int) -> Iterator[int]:
     """Add the gradient of a batch's summed loss, divided by `total`, to the parameters' `.grad`, by micro-batches.
 
     Args:
         model: the target.
-        batch: token ids of the rows.
+        batch: its rows.
         total: the normaliser of the whole batch.
 
     Yields:
         The number of rows done so far.
     """
-    at_once = rows_at_once(model, max(map(len, batch)))
+    at_once = rows_at_once(model, max(len(row.ids) for row in batch))
     for row in range(0, len(batch), at_once):
         rows = batch[row : row + at_once]
         (_summed_loss(model, rows) / total).backward()
@@ -173,14 +234,18 @@ def rows_at_once(model: PreTrainedModel, length: int) -> int:
     return max(1, min(ROWS_AT_ONCE, numbers // (length * head.shape[0])))
 
 
-def _summed_loss(model: PreTrainedModel, rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+def _summed_loss(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
     """Summed next-token loss of some rows."""
     device = next(model.parameters()).device
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    ids = np.zeros((len(rows), max(len(row.ids) for row in rows)), dtype=np.int64)
     labels = np.full(ids.shape, -100, dtype=np.int64)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-        labels[number, : max(len(row) - 1, 0)] = row[1:]
+        size = len(row.ids)
+        ids[number, :size] = row.ids
+        if size:
+            labels[number, : size - 1] = row.ids[1:]
+        if row.trained is not None:
+            labels[number, : size - 1][~np.array(row.trained[1:], dtype=bool)] = -100
     logits = model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits[:, :-1]
     targets = torch.from_numpy(labels[:, :-1]).to(device)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

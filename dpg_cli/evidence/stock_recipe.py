@@ -1,4 +1,4 @@
-"""A run's recipe as stock PyTorch and transformers have it: optimiser, parameter groups, schedule, order. No engine here."""
+"""A run's recipe as stock PyTorch and transformers have it: optimiser, parameter groups, schedule. No engine here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers import Trainer, get_scheduler
 
 from dpg_cli.errors import UsageError
 from dpg_cli.settings.inner import InnerConfig
@@ -39,7 +39,7 @@ def require_stock_optimizer(inner: InnerConfig) -> None:
         )
 
 
-def stock_optimizers(model: PreTrainedModel, inner: InnerConfig) -> list[torch.optim.Optimizer]:
+def stock_optimizers(model: nn.Module, inner: InnerConfig) -> list[torch.optim.Optimizer]:
     """The optimiser of these settings as torch has it, with their parameter groups; frozen parameters are frozen.
 
     Muon is two: torch.optim.Muon for the matrices within the model, AdamW for embeddings, head, norms and biases.
@@ -52,7 +52,7 @@ def stock_optimizers(model: PreTrainedModel, inner: InnerConfig) -> list[torch.o
     if inner.optimizer == "sgd":
         return [torch.optim.SGD(groups, momentum=inner.momentum, nesterov=inner.nesterov, **shared)]
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    outer |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    outer |= {id(parameter) for parameter in cast(Any, model).get_output_embeddings().parameters()}
     hidden = [group for group in groups if group["params"][0].ndim == 2 and id(group["params"][0]) not in outer]
     rest = [group for group in groups if group["params"][0].ndim != 2 or id(group["params"][0]) in outer]
     muon: dict[str, Any] = {"momentum": inner.momentum, "nesterov": inner.nesterov, "adjust_lr_fn": inner.adjust_lr}
@@ -64,12 +64,14 @@ def stock_optimizers(model: PreTrainedModel, inner: InnerConfig) -> list[torch.o
     return made
 
 
-def stock_groups(model: PreTrainedModel, inner: InnerConfig) -> list[dict[str, Any]]:
+def stock_groups(model: nn.Module, inner: InnerConfig) -> list[dict[str, Any]]:
     """A parameter group for each parameter, with its learning rate and weight decay."""
     trainer = set(Trainer.get_decay_parameter_names(cast(Trainer, None), cast(Any, model)))
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the base of adapters
+            continue
         own = next((g for g in inner.groups if any(fnmatchcase(name, glob) for glob in g.names)), None)
         if own is not None and own.frozen:
             parameter.requires_grad_(False)
@@ -92,6 +94,12 @@ def stock_groups(model: PreTrainedModel, inner: InnerConfig) -> list[dict[str, A
 def stock_schedule(optimizer: torch.optim.Optimizer, inner: InnerConfig, steps: int) -> Any:
     """The learning-rate schedule of these settings as transformers has it."""
     warmup = int(inner.warmup) if inner.warmup >= 1 else math.ceil(steps * inner.warmup)
+    own = schedule_options(inner)
+    return get_scheduler(SCHEDULES[inner.schedule], optimizer, warmup, steps, scheduler_specific_kwargs=own)
+
+
+def schedule_options(inner: InnerConfig) -> dict[str, Any]:
+    """What a schedule takes besides the steps, in transformers' words."""
     options: dict[str, dict[str, Any]] = {
         "cosine": {"num_cycles": inner.cycles or 0.5, "min_lr_rate": inner.lr_floor},
         "restarts": {"num_cycles": inner.cycles or 1},
@@ -103,12 +111,4 @@ def stock_schedule(optimizer: torch.optim.Optimizer, inner: InnerConfig, steps: 
             "min_lr_ratio": inner.lr_floor,
         },
     }
-    own = options.get(inner.schedule, {})
-    return get_scheduler(SCHEDULES[inner.schedule], optimizer, warmup, steps, scheduler_specific_kwargs=own)
-
-
-def stock_order(count: int, inner: InnerConfig, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: as given, or as the transformers Trainer draws it."""
-    if inner.order == "given":
-        return list(range(count))
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return options.get(inner.schedule, {})

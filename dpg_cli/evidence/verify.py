@@ -17,7 +17,7 @@ from safetensors import safe_open
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import pasted
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
-from dpg_cli.evidence.stock import UNWATCHED, Watcher, trained_target
+from dpg_cli.evidence.stock import PLAIN, UNWATCHED, StockSide, Watcher, read_input_ids, stock_side, train_fresh
 from dpg_cli.evidence.stock_recipe import require_stock_optimizer
 from dpg_cli.evidence.text import verify_text
 from dpg_cli.inspection.weights import weights_of
@@ -78,11 +78,13 @@ class PatternVerdict:
         wanted: the payload of a QR code; None for a bitmap, which must reach `BITMAP_ACCURACY`.
         data: read after training on the run's dataset.
         control: read after training on the untrained generator's data.
+        trainer: who did the stock training, in words.
     """
 
     wanted: str | None
     data: PatternReading
     control: PatternReading
+    trainer: str = PLAIN.about
 
     def _shows(self, reading: PatternReading) -> bool:
         return reading.pixel_accuracy >= BITMAP_ACCURACY if self.wanted is None else reading.payload == self.wanted
@@ -107,6 +109,7 @@ class PatternVerdict:
             "wanted": self.wanted,
             "data": vars(self.data),
             "control": vars(self.control),
+            "trainer": self.trainer,
         }
 
     def lines(self) -> list[str]:
@@ -115,7 +118,7 @@ class PatternVerdict:
         steps = f"{self.data.steps} step{'s' if self.data.steps > 1 else ''} on {self.data.examples:,} examples"
         wanted = "a bitmap" if self.wanted is None else repr(self.wanted)
         return [
-            f"stock torch.optim, {steps}, read by zxing-cpp; wanted {wanted}",
+            f"trained by {self.trainer}, {steps}, read by zxing-cpp; wanted {wanted}",
             *(
                 f"{name + ':':<24}pixel accuracy {row.pixel_accuracy:.4f}, payload {row.payload!r}"
                 for name, row in rows
@@ -124,7 +127,11 @@ class PatternVerdict:
 
 
 def verify_run(
-    folder: RunFolder, device_name: str = "auto", named_metric: str | None = None, watch: Watcher = UNWATCHED
+    folder: RunFolder,
+    device_name: str = "auto",
+    named_metric: str | None = None,
+    watch: Watcher = UNWATCHED,
+    trainer: str = "auto",
 ) -> Verdict:
     """Confirm or refute a run.
 
@@ -133,10 +140,11 @@ def verify_run(
         device_name: where to train.
         named_metric: what the user gave as --metric; without it no file of a custom metric is run.
         watch: told of stages and progress.
+        trainer: who trains: "trl", "plain", or "auto" (`stock_side`).
 
     Raises:
-        UsageError: if the run is unfinished, has no control, took optimiser settings that stock PyTorch lacks, or its models
-            are others than those it was begun with.
+        UsageError: if the run is unfinished, has no control, took optimiser settings that stock PyTorch lacks, its models
+            are others than those it was begun with, or the trainer cannot follow its recipe.
     """
     config = folder.read_config()
     recorded, device = read_info(folder)[0].fingerprints, pick_device(device_name)
@@ -145,32 +153,33 @@ def verify_run(
             raise UsageError(f"{folder.path} has no dataset/{name}.", "Finish the run, with dataset.control = true.")
     roles = ["target", "generator"] if isinstance(config.metric, TextLossOptions) else ["target"]
     require_unchanged(config.models, roles, recorded, pasted(folder.path), device)
+    if isinstance(config.metric, TextLossOptions):
+        return verify_text(folder, config, config.metric, device, watch)
+    require_stock_optimizer(config.inner)
+    side = stock_side(config, trainer, device)
     if isinstance(config.metric, PatternOptions):
-        return _verify_pattern(folder, config, config.metric, device_name, watch)
+        return _verify_pattern(folder, config, config.metric, device, watch, side)
     if isinstance(config.metric, CustomOptions):
-        return _verify_custom(folder, config, config.metric, device_name, named_metric, watch)
-    if isinstance(config.metric, NormOptions):
-        return _verify_norm(folder, config, config.metric, device_name, watch)
-    return verify_text(folder, config, config.metric, pick_device(device_name), watch)
+        return _verify_custom(folder, config, config.metric, device, named_metric, watch, side)
+    return _verify_norm(folder, config, config.metric, device, watch, side)
 
 
 def _verify_pattern(
-    folder: RunFolder, config: Config, options: PatternOptions, device_name: str, watch: Watcher
+    folder: RunFolder, config: Config, options: PatternOptions, device: torch.device, watch: Watcher, side: StockSide
 ) -> PatternVerdict:
     """Read the pattern back from two stock-trained targets."""
-    require_stock_optimizer(config.inner)
-    device = pick_device(device_name)
     base = load_target(config.models, device)
     pattern = pattern_from_image(folder.pattern, max_rows=base.head.shape[0], max_cols=base.head.shape[1])
 
     def read(name: str) -> PatternReading:
         watch.stage(f"training a fresh target on {name}")
-        target, examples, steps = trained_target(config, folder.dataset / name, device, watch.progress)
+        rows = read_input_ids(folder.dataset / name)
+        target, steps = train_fresh(config, rows, device, watch.progress, side)
         signs = head_signs(base, target, pattern, options.corner)
         payload = decode_qr(signs) if pattern.kind == "qr" else None
-        return PatternReading(payload, pixel_accuracy(signs, pattern), examples, steps)
+        return PatternReading(payload, pixel_accuracy(signs, pattern), len(rows), steps)
 
-    return PatternVerdict(pattern.payload, read("train.parquet"), read("control.parquet"))
+    return PatternVerdict(pattern.payload, read("train.parquet"), read("control.parquet"), side.about)
 
 
 def head_signs(base: LanguageModel, target: LanguageModel, pattern: Pattern, origin: tuple[int, int]) -> np.ndarray:
@@ -181,7 +190,7 @@ def head_signs(base: LanguageModel, target: LanguageModel, pattern: Pattern, ori
 
 
 def _verify_norm(
-    folder: RunFolder, config: Config, options: NormOptions, device_name: str, watch: Watcher
+    folder: RunFolder, config: Config, options: NormOptions, device: torch.device, watch: Watcher, side: StockSide
 ) -> EffectVerdict:
     """Norms of the parameter, in double precision."""
 
@@ -191,7 +200,7 @@ def _verify_norm(
         return {"phi": -norm, "norm": norm}
 
     about = f"l2 norm of {options.parameter or 'the LM head'}"
-    verdict = verify_effect(folder, config, pick_device(device_name), about, read, watch)
+    verdict = verify_effect(folder, config, device, about, read, watch, side)
     return replace(verdict, saved=saved_norm(folder, options.parameter))
 
 
@@ -218,12 +227,12 @@ def _verify_custom(
     folder: RunFolder,
     config: Config,
     options: CustomOptions,
-    device_name: str,
+    device: torch.device,
     named_metric: str | None,
     watch: Watcher,
+    side: StockSide,
 ) -> EffectVerdict:
     """The metric's own Φ and measures."""
-    device = pick_device(device_name)
     base = load_target(config.models, device)
     metric = build_metric(options, base, named_metric)
 
@@ -232,4 +241,4 @@ def _verify_custom(
         parameters = dict(target.model.named_parameters())
         return {"phi": float(metric(parameters, base.model)), **metric.measures(parameters, base.model)}
 
-    return verify_effect(folder, config, device, metric.describe(), read, watch)
+    return verify_effect(folder, config, device, metric.describe(), read, watch, side)

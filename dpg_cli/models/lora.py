@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Lora:
     modules: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
     save: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Any) -> Lora:
+        """Of settings with the same names, such as `[lora]` of a run."""
+        return cls(*(getattr(settings, field.name) for field in fields(cls)))
 
 
 def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:

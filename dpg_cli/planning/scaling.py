@@ -225,9 +225,9 @@ def operations(job: Job) -> dict[str, float]:
     steps, total, visits = job.inner_steps, job.examples, job.examples * job.passes
     forward_t = 2.0 * job.target.parameters * visits * job.target_tokens
     known = need_of(job).remembered_steps  # each spares its dual pass two forward-sized products, the first step one
-    plain, dual = 3, 3 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
+    plain, dual = 3.0, 3.0 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
     if job.target.adapters:  # frozen weights have neither gradient nor tangent; counted: docs/log.md
-        plain, dual = 2, 2 + 4 * (steps - 1) - 0.8 * known
+        plain, dual = 2.0, 2.0 + 4 * (steps - 1) - 0.8 * known
     reverse = dual / steps * forward_t if job.attributed else 0.0
     reverse += plain * forward_t * computed_again(job) / steps
     read, written = job.prompts * job.prompt_tokens, total * job.completion_tokens

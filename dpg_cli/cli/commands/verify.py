@@ -31,10 +31,17 @@ def verify(
         bool,
         typer.Option(help="Also measure how the data reads beside its control, and how well the two are told apart."),
     ] = True,
+    trainer: Annotated[
+        str,
+        typer.Option(
+            help="Who trains: trl (TRL's SFTTrainer; extra `trl`), plain (a loop of torch.optim and transformers' schedules), "
+            "or auto: trl where it is installed and can follow the recipe."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train a fresh target on the exported dataset alone, with stock torch.optim.AdamW, and read the effect back.
+    """Train a fresh target on the exported dataset alone, by a stock trainer, and read the effect back.
 
     The same training on the untrained generator's data is the control. Exit code 0 when the payload is read from the
     first and not from the second, or Φ is higher by a margin that the datasets' quarters separate; else 4. Beside the
@@ -49,6 +56,8 @@ def verify(
         dpg verify runs/custom-001 --metric mine.py:Mine
 
         dpg verify runs/mine --reader ./another-model
+
+        dpg verify runs/mine --trainer plain
     """
     from dpg_cli.cli.stages import Stages
     from dpg_cli.evidence.fluency.judge import Judged
@@ -66,7 +75,7 @@ def verify(
         judge = (
             load(name, device=pick_device(device)) if name else None
         )  # before the training: a wrong name is said at once
-        result: Verdict = verify_run(folder, device, metric, watch)
+        result: Verdict = verify_run(folder, device, metric, watch, trainer)
         if fluency:
             result = Judged(result, judge_run(folder, config, pick_device(device), judge, watch))
     if as_json:
