@@ -5,8 +5,9 @@ Not here: files, settings, messages. Imports none of the rooms that hold them, a
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Plan, Recipe, Schedule
-from dpg_cli.engine.metagrad import metagradient
-from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.engine.inner.start import Start
+from dpg_cli.engine.metagrad import metagradient, metagradients
+from dpg_cli.engine.records import Examples, Metagradient, Metagradients
 from dpg_cli.engine.reverse.reference import reference_metagradient
 from dpg_cli.models import allocator
 
@@ -18,10 +19,13 @@ __all__ = [
     "Group",
     "Groups",
     "Metagradient",
+    "Metagradients",
     "OptimizerSpec",
     "Plan",
     "Recipe",
     "Schedule",
+    "Start",
     "metagradient",
+    "metagradients",
     "reference_metagradient",
 ]

@@ -13,7 +13,7 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,19 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.arguments import accepted
+from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
+from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
 from dpg_cli.engine.phi import metric_gradient, metric_measures
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Examples, Metagradient, Visits
+from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
 from dpg_cli.engine.reverse.selfcheck import selfcheck
-from dpg_cli.engine.reverse.walk import reverse
+from dpg_cli.engine.reverse.walk import reverse, turning_point
 from dpg_cli.engine.soft import LabelSink
-from dpg_cli.errors import DegenerateError
+from dpg_cli.errors import BadValueError, DegenerateError
 from dpg_cli.metrics.base import TargetMetric, as_metric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
@@ -58,6 +60,8 @@ def metagradient(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     sink: LabelSink | None = None,
+    start: Start | None = None,
+    journal: Journal | None = None,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
@@ -82,6 +86,9 @@ def metagradient(
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
         sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
+        start: the run goes on from there: `model` has the weights of that step, and the plan is that of the whole run.
+        journal: keeps progress, so that the same call goes on where an earlier process was stopped; with `memory` "sqrt" or
+            "offload", and neither `labels` nor `sink`.
 
     Returns:
         Φ, its measures, τ for each example and token (in the places that `examples` has them), and θ_T. `notes` says what
@@ -97,7 +104,79 @@ def metagradient(
         >>> result = metagradient(model, Examples.from_sequences(ids), OptimizerSpec(lr=1e-4), metric, batch_size=32)
         >>> most_helpful = result.example_N.argsort(descending=True)
     """
-    phi = as_metric(metric)
+    if journal is not None and (labels or sink is not None):
+        raise BadValueError("A journal keeps no credits of labels.", "Leave labels and sink out, or the journal.")
+    found, every = _attributed(
+        model, examples, optimizer, [metric], batch_size, weights_N, normalization, micro_batch, labels, visits, plan,
+        memory, precision, packing, progress, ranks, sink, start, journal,
+    )  # fmt: skip
+    return replace(found[0], label_N_S_V=every)
+
+
+def metagradients(
+    model: nn.Module,
+    examples: Examples,
+    optimizer: OptimizerSpec | Recipe,
+    metrics: Sequence[TargetMetric | Callable[..., Tensor]],
+    *,
+    weights_N: Tensor | None = None,
+    micro_batch: int = 0,
+    visits: bool = False,
+    plan: Plan | None = None,
+    memory: Memory = "keep",
+    packing: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+    start: Start | None = None,
+    journal: Journal | None = None,
+) -> Metagradients:
+    """Fine-tune a copy of `model` once, and attribute each of Q metrics to each example and token.
+
+    One forward run and one walk back over its states serve all metrics; each has adjoints of its own, three vectors of
+    the number of trained parameters, and its own part of every second-order pass (`reverse/walk.py`). The numbers are those
+    of Q calls of `metagradient`, to rounding.
+
+    Args:
+        metrics: Q of them, as in `metagradient`, which has the other arguments too.
+
+    Raises:
+        DegenerateError, UsageError, BadValueError, BadTypeError: as there; and for no metric at all.
+
+    Example:
+        >>> found = metagradients(model, examples, recipe, [metric_of(question) for question in questions])
+        >>> found.example_Q_N.argsort(1, descending=True)[:, :10]  # of each question, the ten examples that help it most
+    """
+    if not metrics:
+        raise BadValueError("There is no metric.", "Give at least one.")
+    return _attributed(
+        model, examples, optimizer, metrics, None, weights_N, None, micro_batch, False, visits, plan, memory, None,
+        packing, progress, ranks, None, start, journal,
+    )[0]  # fmt: skip
+
+
+def _attributed(
+    model: nn.Module,
+    examples: Examples,
+    optimizer: OptimizerSpec | Recipe,
+    metrics: Sequence[TargetMetric | Callable[..., Tensor]],
+    batch_size: int | None,
+    weights_N: Tensor | None,
+    normalization: Normalization | None,
+    micro_batch: int,
+    labels: bool,
+    visits: bool,
+    plan: Plan | None,
+    memory: Memory,
+    precision: Precision | None,
+    packing: bool,
+    progress: Progress | None,
+    ranks: Ranks,
+    sink: LabelSink | None,
+    start: Start | None,
+    journal: Journal | None,
+) -> tuple[Metagradients, Tensor | None]:
+    """What both give, and the credit of every label."""
+    phis = [as_metric(metric) for metric in metrics]
     recipe = Recipe.of(optimizer, batch_size, normalization, precision)
     with recipe.prepared(model) as (target, notes):
         given = accepted(target, examples, optimizer, weights_N)
@@ -123,24 +202,38 @@ def metagradient(
         weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
         weights = weights.to(like)
         remember = run.second_order == "dual"
-        trace = inner_run(run, read(), examples, recipe, weights, None, progress, memory, read, remember, plan)
+        trace = inner_run(
+            run, read(), examples, recipe, weights, None, progress, memory, read, remember, plan, None, start, journal
+        )
         if not all_finite(trace.theta):
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
-        value, theta_bar = metric_gradient(run, trace.theta, phi)
-        found = reverse(run, trace, examples, weights, theta_bar, labels, progress, sink, visits)
-        return Metagradient(
-            value=value,
-            measures=metric_measures(run, trace.theta, phi),
-            example_N=found.token_N_S.sum(1),
-            token_N_S=given.as_given(found.token_N_S),
-            label_N_S_V=None if found.label_N_S_V is None else given.as_given(found.label_N_S_V),
+        point = None if journal is None else journal.backward(trace.theta)
+        if point is None:
+            values, bars = map(list, zip(*(metric_gradient(run, trace.theta, phi) for phi in phis), strict=True))
+            measures = [metric_measures(run, trace.theta, phi) for phi in phis]
+            point = turning_point(examples, bars, values, measures)
+            del bars
+            if journal is not None:
+                course = Course(trace.norms, trace.losses, trace.gradient_median)
+                journal.turned(trace.theta, course, replace(point, left=len(plan) - trace.start))
+        found = reverse(run, trace, examples, weights, point, labels, progress, sink, visits, journal)
+        tokens = [given.as_given(token_N_S) for token_N_S in found.token_Q_N_S]
+        made = Plan(plan.rows[trace.start :], plan.count)
+        steps, rows = made.flat
+        return Metagradients(
+            value_Q=torch.tensor(point.values, dtype=torch.float64),
+            measures=point.measures,
+            example_Q_N=found.token_Q_N_S.sum(2),
+            token_Q_N_S=torch.stack(tokens) if len(tokens) > 1 else tokens[0][None],
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats=found.stats,
             notes=(*notes, *finding.notes),
-            visits=None if found.visit_M is None else Visits(*plan.flat, found.visit_M),
-        )
+            visits=None
+            if found.visit_Q_M is None
+            else tuple(Visits(steps + trace.start, rows, credit) for credit in found.visit_Q_M),
+        ), None if found.label_N_S_V is None else given.as_given(found.label_N_S_V)
 
 
 def refuse_divergence(run: TargetRun, theta: Tensor) -> None:

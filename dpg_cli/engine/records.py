@@ -310,6 +310,49 @@ class Metagradient:
 
 
 @dataclass(frozen=True)
+class Metagradients:
+    """What one inner run and one reverse pass give for Q metrics (*queries*). See `Metagradient`.
+
+    Attributes:
+        value_Q: Φ(θ_T) of each, float64 on the CPU.
+        measures: of each.
+        example_Q_N: ∂Φ_q/∂w_i.
+        token_Q_N_S: the derivative by the weight of each token's loss.
+        final: θ_T by parameter name, detached.
+        gradient_median, stats, notes: as there.
+        visits: of each query, or None.
+    """
+
+    value_Q: Tensor
+    measures: list[dict[str, float]]
+    example_Q_N: Tensor
+    token_Q_N_S: Tensor
+    final: dict[str, Tensor]
+    gradient_median: float
+    stats: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    visits: tuple[Visits, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.measures)
+
+    def __getitem__(self, query: int) -> Metagradient:
+        """What the run says of one metric."""
+        return Metagradient(
+            value=float(self.value_Q[query]),
+            measures=self.measures[query],
+            example_N=self.example_Q_N[query],
+            token_N_S=self.token_Q_N_S[query],
+            label_N_S_V=None,
+            final=self.final,
+            gradient_median=self.gradient_median,
+            stats=self.stats,
+            notes=self.notes,
+            visits=None if self.visits is None else self.visits[query],
+        )
+
+
+@dataclass(frozen=True)
 class Credit:
     """Rewards as they reach the generator's tokens.
 

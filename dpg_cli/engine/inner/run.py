@@ -14,14 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state
 from dpg_cli.engine.inner.recipe.plan import Plan
 from dpg_cli.engine.inner.recipe.spec import Recipe
 from dpg_cli.engine.inner.recipe.stepper import Stepper
 from dpg_cli.engine.inner.remembered import Remembered
+from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import KeepTape, Memory, OriginTape, Step, Tape, make_tape
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.records import Examples
+from dpg_cli.errors import UsageError
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 SAMPLE = 1 << 20  # gradient entries that the median is taken of
@@ -32,13 +35,14 @@ class InnerRun:
     """A finished inner run.
 
     Attributes:
-        tape: the T steps; `reverse` uses it up. Its gradients are the clipped ones.
-        plan: the examples of each step.
+        tape: the steps that were made; `reverse` uses it up. Its gradients are the clipped ones.
+        plan: the examples of each of T steps.
         stepper: the recipe's optimiser step.
         theta: θ_T.
-        losses: of each step.
-        norms: |g_t| of each step before clipping; 0 without clipping.
-        gradient_median: median |g_0| over parameters with a gradient (of an even sample), after clipping.
+        losses: of each step that was made.
+        norms: |g_t| of each before clipping; 0 without clipping.
+        gradient_median: median |g| of the first over parameters with a gradient (of an even sample), after clipping.
+        start: the first step of the plan that was made; 0 but for a warm start.
     """
 
     tape: Tape
@@ -48,6 +52,7 @@ class InnerRun:
     losses: list[float]
     norms: list[float]
     gradient_median: float
+    start: int = 0
 
     @property
     def steps(self) -> list[Step]:
@@ -70,8 +75,10 @@ def inner_run(
     remember: bool = False,
     plan: Plan | None = None,
     tape: Tape | None = None,
+    start: Start | None = None,
+    journal: Journal | None = None,
 ) -> InnerRun:
-    """Fine-tune from θ_0 with fresh optimiser state.
+    """Fine-tune from θ_0, with fresh optimiser state or from a checkpoint.
 
     Args:
         run: the target and its settings; the model's own parameters stay as they are.
@@ -86,6 +93,11 @@ def inner_run(
         remember: keep products for the dual passes of `reverse`, where the states are kept too.
         plan: the examples of each step, instead of the recipe's batches.
         tape: takes the steps in place of that for `memory`.
+        start: the run goes on from there.
+        journal: keeps progress, and has what an earlier process kept.
+
+    Raises:
+        UsageError: if the start does not fit the run.
     """
     recipe = Recipe.of(recipe, batch_size)
     plan = recipe.plan(examples) if plan is None else plan
@@ -97,33 +109,47 @@ def inner_run(
         grad, loss = loss_gradient(run, at, examples.at(rows), weights_of(weights_N, rows), remembered)
         return grad, loss, stepper.clip_(grad)
 
-    tape = tape or make_tape(
+    begin = 0 if start is None else start.step
+    if not begin < total:
+        raise UsageError(
+            f"The checkpoint is of step {begin}, and the run has {total} steps in all: none is left to attribute.",
+            "Give the recipe of the whole run, or an earlier checkpoint.",
+        )
+    make = make_tape if journal is None else journal.tape
+    tape = tape or make(
         memory,
-        total,
+        total - begin,
         theta,
-        lambda number, at: gradient(number, at if len(at) or origin is None else origin())[0],
-        lambda number, state, grad: stepper.update(
-            state if len(state.theta) or origin is None else state._replace(theta=origin()), grad, number
+        lambda place, at: gradient(begin + place, at if len(at) or origin is None else origin())[0],
+        lambda place, state, grad: stepper.update(
+            state if len(state.theta) or origin is None else state._replace(theta=origin()), grad, begin + place
         ),
     )
+    course, known = Course(), None if journal is None else journal.begun(theta)
     if origin is not None:
         tape = OriginTape(tape, origin)
-    state = initial_state(recipe.optimizer, theta)
+    if known is not None:
+        state, course = known.state, known.course
+    elif start is not None:
+        state = start.state(recipe.optimizer, run.space, theta)
+    else:
+        state = initial_state(recipe.optimizer, theta)
     del theta
-    losses, norms, median = list[float](), list[float](), 0.0
-    for number in range(total):
+    for number in range(begin + (0 if known is None else known.done), total):
         remembered = Remembered() if remember and memory == "keep" else None
         grad, loss, norm = gradient(number, state.theta, remembered)
-        tape.record(number, Step(state, grad, remembered))
-        losses.append(loss)
-        norms.append(norm)
-        if number == 0:
-            median = gradient_median(grad)
+        tape.record(number - begin, Step(state, grad, remembered))
+        if journal is not None:
+            journal.stepped(number - begin, course)
+        course.losses.append(loss)
+        course.norms.append(norm)
+        if number == begin:
+            course.gradient_median = gradient_median(grad)
         state = stepper.update(state, grad, number, last=number == total - 1)
         del grad
         if progress is not None:
-            progress("forward", number + 1, total)
-    return InnerRun(tape, plan, stepper, state.theta, losses, norms, median)
+            progress("forward", number - begin + 1, total - begin)
+    return InnerRun(tape, plan, stepper, state.theta, course.losses, course.norms, course.gradient_median, begin)
 
 
 def weights_of(weights_N: Tensor, rows: slice | Tensor) -> Tensor:

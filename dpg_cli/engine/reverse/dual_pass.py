@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from dpg_cli.engine.inner.head import Head
 from dpg_cli.engine.inner.packing import unpack
-from dpg_cli.engine.inner.remembered import Remembered
+from dpg_cli.engine.inner.remembered import Piece, Remembered
 from dpg_cli.engine.inner.target import Labelled, TargetRun, backward, fused_activations, hidden_of, logits_of
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.dual import DualMode
@@ -108,7 +108,7 @@ def dual_pass(
         else:
             known = None if made is None else made.hidden_bar
             bars, credit_M = _head_second_order(
-                head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known, sink
+                head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known, sink, made
             )
             tokens[rows, :width] = (
                 theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
@@ -134,6 +134,7 @@ def _head_second_order(
     need_hvp: bool,
     known: Tensor | None,
     sink: LabelSink | None,
+    made: Piece | None,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """The adjoints of a piece's hidden states and tangents (`known`, or None), and the credits of its labelled tokens.
 
@@ -167,6 +168,8 @@ def _head_second_order(
     )
     if result.hidden_bar is None or result.tangent_bar is None:
         return None, result.token_M
+    if made is not None and made.room.recording:
+        made.keep_hidden_bar(result.tangent_bar)
     first, second = (
         torch.zeros_like(flat).index_copy_(0, marked.before_M, bar).view_as(hidden)
         for bar in (result.hidden_bar, result.tangent_bar)

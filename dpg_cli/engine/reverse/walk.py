@@ -5,6 +5,10 @@
 
 An example's credit is the sum over its visits. Source: DESIGN §2, step 4. Adjoints are written over the states that they
 replace.
+
+Several metrics (*queries*) share one walk: the states, what is computed again of them, and of each dual pass the products
+that do not depend on its direction (`remembered.py`). Each has adjoints and a direction of its own: of the eight forward-sized
+products of a dual pass and its reverse, six are a query's.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpg_cli.engine.detect import regime
+from dpg_cli.engine.inner.journal import Backward, Journal
 from dpg_cli.engine.inner.optimizers import State, no_vector
 from dpg_cli.engine.inner.recipe.stepper import Stepper
 from dpg_cli.engine.inner.remembered import Remembered
@@ -35,16 +40,34 @@ class Reversed:
     """What the reverse pass gives.
 
     Attributes:
-        token_N_S: τ_is, summed over the visits of each example.
-        label_N_S_V: τ_is(y), or None.
-        visit_M: the credit of each example at each of its visits, in the order of the plan; None unless asked for.
-        stats: how far the first update is from sign(g), and further figures.
+        token_Q_N_S: τ_is of each query, summed over the visits of each example.
+        label_N_S_V: τ_is(y) of the one query, or None.
+        visit_Q_M: the credit of each example at each of its visits, in the order of the plan; None unless asked for.
+        stats: how far the first update is from sign(g), and further figures; of several queries, those of the first.
     """
 
-    token_N_S: Tensor
+    token_Q_N_S: Tensor
     label_N_S_V: Tensor | None
-    visit_M: Tensor | None
+    visit_Q_M: Tensor | None
     stats: dict[str, float]
+
+
+def turning_point(examples: Examples, theta_bars: list[Tensor], values: list[float], measures: Any) -> Backward:
+    """Where the reverse begins.
+
+    Args:
+        theta_bars: ∂Φ/∂θ_T of each query, shape (n,); used up.
+        values, measures: Φ and its measures, of each.
+    """
+    like = theta_bars[0]
+    bars = []
+    for theta_bar in theta_bars:
+        if len(theta_bars) == 1:
+            nothing = no_vector(theta_bar)
+            bars.append(State(theta_bar, nothing, nothing))
+        else:  # adjoints may not be written over states that other queries need
+            bars.append(State(theta_bar, torch.zeros_like(theta_bar), torch.zeros_like(theta_bar)))
+    return Backward(-1, bars, like.new_zeros(len(bars), *examples.ids_N_S.shape), [], values, measures)
 
 
 def reverse(
@@ -52,77 +75,100 @@ def reverse(
     trace: InnerRun,
     examples: Examples,
     weights_N: Tensor,
-    theta_bar: Tensor,
+    point: Backward,
     labels: bool = False,
     progress: Progress | None = None,
     sink: LabelSink | None = None,
     visits: bool = False,
+    journal: Journal | None = None,
 ) -> Reversed:
     """Walk the inner run backwards from ∂Φ/∂θ_T.
 
     Args:
         trace: the inner run; its tape is used up.
-        theta_bar: ∂Φ/∂θ_T, shape (n,); used up.
-        labels: also return the credit of every label.
-        sink: is given the credit of every label chunk by chunk, by each rank those of its own rows.
+        point: where to begin, see `turning_point`; used up.
+        labels: also return the credit of every label; of one query alone.
+        sink: is given the credit of every label chunk by chunk, by each rank those of its own rows; of one query alone.
         visits: also return the credit of every visit.
+        journal: is told of every step.
 
     Raises:
         DegenerateError: if a metagradient is not finite.
     """
-    tokens = theta_bar.new_zeros(examples.ids_N_S.shape)
+    tokens, bars, each = point.token_Q_N_S, point.bars, point.visits
     every: Tensor | None = None
-    total, stepper = len(trace.plan), trace.stepper
-    nothing = no_vector(theta_bar)
-    bar = State(theta_bar, nothing, nothing)
-    del theta_bar
+    total, stepper, queries = len(trace.plan) - trace.start, trace.stepper, len(point.bars)
     stats: dict[str, float] = {}
-    exact: Tensor | None = None
-    each: list[Tensor] = []
-    for number in reversed(range(total)):
+    left = total if point.left < 0 else point.left
+    for place in reversed(range(left)):
+        number = trace.start + place
         before, grad, remembered = trace.tape.pop()
         rows = trace.plan.rows[number]
         batch, weights = examples.at(rows), weights_of(weights_N, rows)
-        if number == 0:
-            stats = regime(stepper.spec, grad, bar.theta)
-            if run.precision != "float32":
-                exact = exact_first_credits(run, stepper, bar, before, batch, weights)
-        grad_bar, bar = stepper.adjoint(bar, before, grad, trace.norms[number], number, consume=True, first=number == 0)
-        theta = before.theta
-        del before, grad
         width = batch.ids_N_S.shape[1]
-        dual = second_pass(
-            run,
-            theta,
-            grad_bar,
-            batch,
-            weights,
-            need_hvp=number > 0,
-            need_labels=labels,
-            hvp_into=bar.theta if number else None,
-            remembered=remembered,
-            sink=sink,
-        )
-        del theta, grad_bar, remembered  # before the tape makes the next state
-        add_rows(tokens[:, :width], rows, dual.token_B_S)
+        errors: list[float] = []
+        if queries > 1:
+            remembered = remembered or Remembered(recording=run.second_order == "dual")
+        if place == 0 and not trace.start:  # the first update of a fresh optimiser
+            stats = regime(stepper.spec, grad, bars[0].theta)
+        found: list[Tensor] = []
+        for query in range(queries):
+            exact: Tensor | None = None
+            if place == 0 and run.precision != "float32":
+                exact = exact_first_credits(run, stepper, bars[query], before, batch, weights, number)
+            last = query == queries - 1
+            grad_bar, bar = stepper.adjoint(
+                bars[query], before, grad, trace.norms[place], number, consume=True, first=place == 0,
+                grad_into=None if last else torch.empty_like(grad),
+            )  # fmt: skip
+            bars[query] = bar
+            theta = before.theta
+            if last:
+                before = State(theta, theta.new_empty(0), theta.new_empty(0))
+                del grad
+            if remembered is not None and queries > 1 and (query or not remembered.room.recording):
+                remembered.rewind(shared=not last)
+            dual = second_pass(
+                run,
+                theta,
+                grad_bar,
+                batch,
+                weights,
+                need_hvp=place > 0,
+                need_labels=labels,
+                hvp_into=bar.theta if place else None,
+                remembered=remembered,
+                sink=sink,
+            )
+            if last:
+                del before, remembered  # before the tape makes the next state
+            del theta, grad_bar, bar
+            add_rows(tokens[query, :, :width], rows, dual.token_B_S)
+            if visits:
+                found.append(dual.token_B_S.sum(1))
+            if exact is not None:
+                errors.append(precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact))))
+            made = dual.label_B_S_V
+            if made is not None and total == 1 and isinstance(rows, slice) and made.shape[:2] == tokens.shape[1:]:
+                every = made  # of every example at once: no second copy of N · S · V numbers
+            elif made is not None:
+                if every is None:
+                    every = tokens.new_zeros(*tokens.shape[1:], made.shape[-1])
+                add_rows(every[:, :width], rows, made)
+            del dual, made
+        if errors:
+            stats["precision_error"] = max(errors)
         if visits:
-            each.append(dual.token_B_S.sum(1))
-        if exact is not None:
-            stats["precision_error"] = precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact)))
-        made = dual.label_B_S_V
-        if made is not None and total == 1 and isinstance(rows, slice) and made.shape[:2] == tokens.shape:
-            every = made  # of every example at once: no second copy of N · S · V numbers
-        elif made is not None:
-            if every is None:
-                every = tokens.new_zeros(*tokens.shape, made.shape[-1])
-            add_rows(every[:, :width], rows, made)
-        del dual, made
+            each.append(torch.stack(found))
         if progress is not None:
-            progress("reverse", total - number, total)
+            progress("reverse", total - place, total)
+        if journal is not None and place:
+            point.left = place
+            journal.reversed(point)
     run.ranks.sum_(tokens)
     if labels and run.ranks.world > 1:
         size = run.ranks.largest(0 if every is None else every.shape[-1])  # a rank without rows knows no vocabulary
-        every = run.ranks.sum_(tokens.new_zeros(*tokens.shape, size) if every is None else every.contiguous())
+        every = run.ranks.sum_(tokens.new_zeros(*tokens.shape[1:], size) if every is None else every.contiguous())
     if not all_finite(tokens):
         raise DegenerateError(
             "Metagradients are not finite.",
@@ -130,7 +176,7 @@ def reverse(
         )
     if stepper.limit:
         stats["clipped_share"] = sum(map(stepper.bites, trace.norms)) / total
-    return Reversed(tokens, every, run.ranks.sum_(torch.cat(each[::-1])) if visits else None, stats)
+    return Reversed(tokens, every, run.ranks.sum_(torch.cat(each[::-1], 1)) if visits else None, stats)
 
 
 def add_rows(total: Tensor, rows: slice | Tensor, values: Tensor) -> None:
@@ -149,7 +195,7 @@ def second_pass(run: TargetRun, *args: Any, remembered: Remembered | None = None
 
 
 def exact_first_credits(
-    run: TargetRun, stepper: Stepper, bar: State, before: State, batch: Examples, weights_B: Tensor
+    run: TargetRun, stepper: Stepper, bar: State, before: State, batch: Examples, weights_B: Tensor, number: int = 0
 ) -> Tensor:
     """Token credits of the first inner step in float32, its gradient and adjoint included: with a small ε the update is
     nearly sign(g), and the rounding of g, harmless to the training, changes the derivative most.
@@ -157,11 +203,12 @@ def exact_first_credits(
     Args:
         bar: the adjoints of the state after the first step.
         before: the state before it.
+        number: t of that step.
     """
     exact = replace(run, precision="float32")
     grad, _ = loss_gradient(exact, before.theta, batch, weights_B)
     norm = stepper.clip_(grad)
-    direction, _ = stepper.adjoint(bar, before, grad, norm, 0, first=True)
+    direction, _ = stepper.adjoint(bar, before, grad, norm, number, first=True)
     return second_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
 
 

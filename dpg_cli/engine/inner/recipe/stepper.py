@@ -57,6 +57,7 @@ class Stepper:
         *,
         consume: bool = False,
         first: bool = False,
+        grad_into: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The adjoint of a step; see `optimizers.adjoint`.
 
@@ -66,13 +67,17 @@ class Stepper:
             grad: its clipped gradient.
             norm: of the gradient before clipping.
             number: t.
-            consume, first: as there.
+            consume, first, grad_into: as there.
         """
         rates = self.rates(number)
         if not self.bites(norm):
-            return adjoint(self.spec, after, before, grad, number, rates=rates, consume=consume, first=first)
-        spare = consume and after.m.stride(0) != 0 and before.m.stride(0) != 0  # ḡ can take the place of m
-        into = before.m if spare else torch.empty_like(grad)
+            return adjoint(
+                self.spec, after, before, grad, number, rates=rates, consume=consume, first=first, grad_into=grad_into
+            )
+        spare = (
+            grad_into is None and consume and after.m.stride(0) != 0 and before.m.stride(0) != 0
+        )  # ḡ can take the place of m
+        into = grad_into if grad_into is not None else before.m if spare else torch.empty_like(grad)
         grad_bar, bar = adjoint(
             self.spec, after, before, grad, number, rates=rates, consume=consume, first=first, grad_into=into
         )

@@ -21,7 +21,7 @@ from dpg_cli.engine.reverse.forms.base import Form, MaybeTensor, parts, rows
 class Linear(torch.autograd.Function):
     """(X, Ẋ, W, Ẇ, b, ḃ) -> X Wᵀ + b with its tangent. W is (out, in), possibly a transposed view; tangents may be None.
 
-    Of `products`, which the inner step left, X Wᵀ + b and Ẋ̄ are taken (see `remembered.py`).
+    Of `products`, which the inner step left, X Wᵀ + b and Ẋ̄ are taken, or left there (see `remembered.py`).
     """
 
     @staticmethod
@@ -51,7 +51,10 @@ class Linear(torch.autograd.Function):
         if bias_t is not None:
             out_t = bias_t.expand(out.shape).clone() if out_t is None else out_t.add_(bias_t)
         out_t = torch.zeros_like(out) if out_t is None else out_t
-        return own_view(out, shape), own_view(out_t, shape)
+        whole = own_view(out, shape)
+        if products is not None and products.records:
+            products.keep(out=whole.detach())
+        return whole, own_view(out_t, shape)
 
     @staticmethod
     @once_differentiable
@@ -68,6 +71,8 @@ class Linear(torch.autograd.Function):
             x_t_bar = None if ctx.products is None else ctx.products.take_x_bar(len(bar_t))
             if x_t_bar is None:
                 x_t_bar = times(bar_t, weight, kind)
+                if ctx.products is not None and ctx.products.records:
+                    ctx.products.keep(x_bar=x_t_bar.clone())
         if need_weight:
             if weight.stride(-1) == 1 or weight.shape[-1] == 1:
                 first = plus_times(None, None if bar is None else bar.mT, x, kind)
