@@ -15,7 +15,7 @@ import pytest
 from browser import Browser, find_browser
 from test_cli import dpg
 
-from dpg_cli.attribution.table import read_scores
+from dpg_cli.attribution.reading import read_scores
 from dpg_cli.errors import UsageError
 from dpg_cli.report.scores import write_page
 from dpg_cli.report.scores.fold import folded

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpg_cli.attribution.table import read_scores
+from dpg_cli.attribution.reading import read_scores
 from dpg_cli.report.samples import extreme, shade
 from dpg_cli.report.scores.fold import folded
 
