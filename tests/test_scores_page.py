@@ -15,11 +15,11 @@ import pytest
 from browser import Browser, find_browser
 from test_cli import dpg
 
+from dpg_cli.attribution.page import write_page
+from dpg_cli.attribution.page.fold import folded
+from dpg_cli.attribution.page.gather import gather
 from dpg_cli.attribution.reading import read_scores
 from dpg_cli.errors import UsageError
-from dpg_cli.report.scores import write_page
-from dpg_cli.report.scores.fold import folded
-from dpg_cli.report.scores.gather import gather
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'{{7*7}}"
 WORDS = (

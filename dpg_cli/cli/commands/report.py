@@ -34,8 +34,8 @@ def report(
 
         dpg report scores.parquet --open
     """
+    from dpg_cli.attribution.page import write_page
     from dpg_cli.report import write_report
-    from dpg_cli.report.scores import write_page
     from dpg_cli.runs.folder import RunFolder
 
     scores = run if run.is_file() else None

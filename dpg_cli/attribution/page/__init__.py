@@ -1,14 +1,14 @@
-"""The page of an attribution: scores file -> facts (`gather`) -> page (`page`).
+"""The page of an attribution: scores file -> facts (`gather`) -> page (`render`).
 
-Not here: how scores are made and written (`attribution`), and the page of a run (`report`).
+Not here: how scores are made and written (`attribution` itself), and the page of a run (`report`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dpg_cli.report.scores.gather import gather
-from dpg_cli.report.scores.page import render
+from dpg_cli.attribution.page.gather import gather
+from dpg_cli.attribution.page.render import render
 from dpg_cli.runs.files import write_text
 
 __all__ = ["write_page"]

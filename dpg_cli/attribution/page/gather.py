@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dpg_cli.attribution.page.fold import folded
 from dpg_cli.attribution.reading import read_scores
 from dpg_cli.report.samples import extreme, shade
-from dpg_cli.report.scores.fold import folded
 
 SHOWN = 4000  # rows with their tokens, of all queries together
 LEAST, MOST = 25, 200  # of each end of a query's ranking

@@ -20,11 +20,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpg_cli import __version__
+from dpg_cli import __version__, report
+from dpg_cli.attribution.page.gather import Facts, Query
 from dpg_cli.data.sources import files_of
 from dpg_cli.escape import pasted
 from dpg_cli.report.page import policy
-from dpg_cli.report.scores.gather import Facts, Query
 from dpg_cli.report.text import visible
 
 _HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def render(facts: Facts, place: Path) -> str:
         facts: what it shows.
         place: where it will lie; the source of the rows is linked from there.
     """
-    style = "\n".join((at / "style.css").read_text(encoding="utf-8") for at in (_HERE.parent, _HERE))
+    style = "\n".join((at / "style.css").read_text(encoding="utf-8") for at in (Path(report.__file__).parent, _HERE))
     script = (_HERE / "browse.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(_HERE),
