@@ -21,7 +21,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dpg_cli.attribution.attribute import Attribution, against_gradient
+from dpg_cli.attribution.outcome import Attribution, against_gradient
 from dpg_cli.attribution.scores import FORMATS, SCHEMA, check_place, record_of
 from dpg_cli.cli import main
 from dpg_cli.cli.app import app

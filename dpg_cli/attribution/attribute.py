@@ -1,35 +1,38 @@
 """`dpg attribute` without its display: the metagradients of a user's own fine-tuning data, and no generator anywhere.
 
-rows of the source -> examples (`data`) -> fine-tuning by the recipe -> metagradient -> scores (`scores`)
+rows of the source -> examples (`data`) -> fine-tuning by the recipe -> a metagradient a query (`queries`) -> scores (`scores`)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from dpg_cli import __version__
-from dpg_cli.attribution.scores import Scored, check_place, write_scores
+from dpg_cli.attribution.checkpoint import read_checkpoint
+from dpg_cli.attribution.groups import Task
+from dpg_cli.attribution.key import how_made, key_of
+from dpg_cli.attribution.outcome import Answer, Attribution, against_gradient
+from dpg_cli.attribution.queries import Query, of_options, queries_sum, require_distinct, trained_with
+from dpg_cli.attribution.scores import check_place
+from dpg_cli.attribution.table import ScoreTable, pieces
+from dpg_cli.attribution.work import LASTING, WorkFolder, most_bytes, remove, require_same, work_folder, working
 from dpg_cli.data.examples import Encoding, Keep, RowEncoder, TrainOn
 from dpg_cli.data.prepared import Prepared, gather, prepare
 from dpg_cli.data.sources import files_of
-from dpg_cli.driver.recipe import inner_recipe, trained_target
-from dpg_cli.engine.inner.recipe import Plan
-from dpg_cli.engine.metagrad import metagradient
-from dpg_cli.engine.records import Examples, Metagradient
+from dpg_cli.driver.recipe import inner_recipe
+from dpg_cli.engine.records import Examples
+from dpg_cli.errors import DegenerateError
 from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device, quiet_transformers
-from dpg_cli.planning.memory import Need, check_memory
 from dpg_cli.runs.sessions import peak_memory_mb
-from dpg_cli.settings.config import Config, CustomOptions, InnerConfig, TextLossOptions
+from dpg_cli.settings.config import Config, CustomOptions, TextLossOptions
 
 TOKENS = 4096  # of an automatic micro-batch
 
@@ -55,6 +58,11 @@ class Request:
         micro_batch: rows in memory at once; 0 takes about 4,096 tokens.
         top: how many helpful and harmful examples are returned.
         metric: what the user gave as --metric; without it no file of a custom metric is run.
+        queries: what is asked; empty for the metric of the settings alone.
+        query_files: files and folders that they are read from.
+        checkpoint: where the run goes on from; None for a fresh one.
+        width: queries that are walked at once; 0 takes as many as fit in memory.
+        token_scores: write those of tokens too; None where there is one query, or the scores are tensors.
     """
 
     data: str
@@ -67,43 +75,11 @@ class Request:
     micro_batch: int = 0
     top: int = 5
     metric: str | None = None
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """What attributing left.
-
-    Attributes:
-        metric: what Φ is, in words.
-        value, value_before: Φ after and before the fine-tuning.
-        measures: readable measures after it.
-        examples, inner_steps: N (those with something to train on) and T.
-        data: how the rows were understood, see `data.prepared.Understood`.
-        gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
-        epsilon: the same against ε, in words.
-        notes: what the engine chose for the target, a sentence each.
-        precision_error: relative error of the first step's token scores in bf16, None in float32.
-        clipped_share: of the steps, on which the gradient was clipped; None where it never is.
-        seconds, peak_memory_mb: of the process.
-        helpful, harmful: the examples with the highest and the lowest scores.
-    """
-
-    metric: str
-    value: float
-    value_before: float
-    measures: dict[str, float]
-    examples: int
-    inner_steps: int
-    data: dict[str, Any]
-    gradient_median: float
-    epsilon: str
-    notes: list[str]
-    precision_error: float | None
-    clipped_share: float | None
-    seconds: float
-    peak_memory_mb: float | None
-    helpful: list[Scored] = field(repr=False)
-    harmful: list[Scored] = field(repr=False)
+    queries: tuple[Query, ...] = ()
+    query_files: tuple[str, ...] = ()
+    checkpoint: Path | None = None
+    width: int = 0
+    token_scores: bool | None = None
 
 
 def read_rows(
@@ -134,9 +110,12 @@ def attribute(
 ) -> Attribution:
     """Fine-tune the target on the data by the recipe of the settings, and write the metagradients of all examples.
 
+    With states that are recomputed or on disk (`inner.states`), progress is kept in a folder beside the scores until these
+    are written: after a kill the same call goes on, to the same scores.
+
     Args:
         config: models.target, metric, inner, lora and seed are used.
-        request: the data, and where the scores go.
+        request: the data, what is asked, and where the scores go.
         on_stage, on_note: called with the name of each stage, and with what the user should know of the data and of what
             the engine chose for the target.
         on_progress: called as progress(phase, steps done, of how many).
@@ -146,163 +125,125 @@ def attribute(
         DegenerateError: if the inner run diverges or a metagradient is not finite.
     """
     started, inner = time.perf_counter(), config.inner
+    queries = request.queries or (of_options("metric", config.metric, request.metric),)
+    require_distinct(queries)
     check_place(request.out, inputs(config, request), request.overwrite)
     target, found, encoder = read_rows(config, request, on_stage)
     examples = Examples(*found.tensors(encoder))
     made_of = fingerprint(target)
-    target, metric = trained_target(target, config, request.metric)
+    target, metrics = trained_with(target, config, queries)
     recipe = inner_recipe(inner, config.seed)
-    plan = recipe.plan(examples)
-    for line in (found.understood.line(), *found.understood.notes(), *getattr(metric, "notes", ())):
+    plan, start = recipe.plan(examples), None
+    for line in (found.understood.line(), *found.understood.notes()):
         on_note(line)
+    for line in dict.fromkeys(line for metric in metrics for line in getattr(metric, "notes", ())):
+        on_note(line)
+    if request.checkpoint is not None:
+        known = read_checkpoint(request.checkpoint, target.model, recipe, len(plan), config.lora)
+        start, made_of = known.start, {**made_of, "checkpoint": fingerprint(target)["weights"]}
+        on_note(known.note)
     micro_batch = request.micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
-    require_memory(target, inner, plan, examples, micro_batch, getattr(metric, "tokens_read", 0))
-    on_stage("fine-tuning and attributing")
-    with quiet_transformers():  # it would warn of pads without a mask; a causal model needs none
-        with torch.no_grad():
-            before = float(metric(dict(target.model.named_parameters()), target.model))
-        result = metagradient(
-            target.model,
-            examples,
-            recipe,
-            metric,
-            plan=plan,
-            micro_batch=micro_batch,
-            memory=inner.states,
-            packing=inner.packing,
-            progress=on_progress,
-        )
-    for note in result.notes:
-        on_note(note)
-    on_stage("writing the scores")
-    scores = Scores(found, target, result.example_N.cpu(), result.token_N_S.cpu())
-    record = {
-        **how_made(config, found, made_of, before, result),
-        "about": metric.describe(),
-        "inner_steps": len(plan),
-    }
-    write_scores(request.out, scores.rows(), record)
-    ranking = scores.example_N.argsort(descending=True).tolist()
-    top = min(request.top, len(ranking))
+    task = Task(target, examples, recipe, plan, start, inner.states, inner.packing, micro_batch)
+    tokens_read = max(getattr(metric, "tokens_read", 0) for metric in metrics)
+    width = task.width(len(queries), request.width, tokens_read)
+    if width < len(queries):
+        on_note(f"{len(queries)} queries are walked {width} at a time, each time with a fine-tuning run of its own.")
+    with torch.no_grad():
+        parameters = dict(target.model.named_parameters())
+        before = [float(metric(parameters, target.model)) for metric in metrics]
+    key = key_of(
+        config, found, made_of, target.head.device, inputs(config, replace(request, data="", prompts="")),
+        **{"--keep": request.keep, "--train-on": request.train_on, "--micro-batch": micro_batch, "width": width},
+        **{"the queries": queries_sum(queries), "Φ before": before},
+    )  # fmt: skip
+    with _work(request, task, width, key, on_note) as work:
+        on_stage("fine-tuning and attributing")
+        with quiet_transformers():  # it would warn of pads without a mask; a causal model needs none
+            result = task.run(metrics, width, work, on_progress)
+        for note in result.notes:
+            on_note(note)
+        on_stage("writing the scores")
+        table = ScoreTable(found, target, result.example_Q_N, result.token_Q_N_S)
+        answers = [
+            Answer(query.name, metric.describe(), value, was, measures, *table.extremes(number, request.top))
+            for number, (query, metric, was, value, measures) in enumerate(
+                zip(queries, metrics, before, result.values, result.measures, strict=True)
+            )
+        ]
+        record = {
+            **how_made(config, found, made_of, result.gradient_median, result.notes),
+            **_asked(queries, answers),
+            "inner_steps": task.steps,
+            "first_step": 0 if start is None else start.step,
+        }
+        table.write(request.out, [query.name for query in queries], record, request.token_scores)
+        if work is not None:
+            remove(work.folder)
     return Attribution(
-        metric=metric.describe(),
-        value=result.value,
-        value_before=before,
-        measures=result.measures,
+        answers=answers,
         examples=len(examples),
-        inner_steps=len(plan),
+        inner_steps=task.steps,
         data=found.understood.as_dict(),
         gradient_median=result.gradient_median,
         epsilon=against_gradient(inner, result.gradient_median),
-        notes=list(result.notes),
+        notes=result.notes,
         precision_error=result.stats.get("precision_error"),
         clipped_share=result.stats.get("clipped_share"),
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(),
-        helpful=[scores.trained(number) for number in ranking[:top]],
-        harmful=[scores.trained(number) for number in ranking[::-1][:top]],
+        width=width,
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Metagradients of the rows that were trained on, (N,) and (N, S), with all rows of the data."""
+@contextmanager
+def _work(
+    request: Request, task: Task, width: int, key: dict[str, Any], on_note: Callable[[str], None]
+) -> Iterator[WorkFolder | None]:
+    """The work folder beside the scores; None where states are kept in memory, which ends with the process.
 
-    found: Prepared
-    target: LanguageModel
-    example_N: torch.Tensor
-    token_N_S: torch.Tensor
+    Raises:
+        UsageError: if it was begun otherwise, or the disk is too small.
+    """
+    folder = work_folder(request.out)
+    if task.memory not in LASTING:
+        if folder.is_dir():
+            require_same(folder, json.loads(json.dumps(key)))
+        yield None
+        return
+    trained, element = task.target.trained_count, task.target.head.element_size()
+    needed = most_bytes(task.memory, task.steps, trained, element, width, task.examples.ids_N_S.numel())
+    begun = folder.is_dir()
+    with working(folder, key, needed) as work:
+        on_note(f"{'Goes on from' if begun else 'Keeps its progress in'} {folder}, at most {needed / 1e6:,.0f} MB.")
+        try:
+            yield work
+        except DegenerateError:  # it would end so again
+            remove(folder)
+            raise
 
-    def rows(self) -> Iterator[Scored]:
-        """All rows that are not empty; one that had nothing to train on has scores of 0."""
-        number = {place: n for n, place in enumerate(self.found.trained)}
-        return (self._scored(place, number.get(place)) for place in range(len(self.found.rows)))
 
-    def trained(self, number: int) -> Scored:
-        """The n-th row that was trained on."""
-        return self._scored(self.found.trained[number], number)
-
-    def _scored(self, place: int, number: int | None) -> Scored:
-        row = self.found.rows[place]
-        scores = [0.0] * len(row.ids) if number is None else self.token_N_S[number][: len(row.ids)].tolist()
-        score = 0.0 if number is None else float(self.example_N[number])
-        return Scored(self.found.numbers[place], score, row, pieces(self.target, row.ids), scores)
+def _asked(queries: Sequence[Query], answers: list[Answer]) -> dict[str, Any]:
+    """What a record says of its queries: of one, beside all else."""
+    asked = [
+        {
+            "name": query.name,
+            "about": answer.metric,
+            "phi_before": answer.value_before,
+            "phi": answer.value,
+            "measures": answer.measures,
+            "metric": None if query.options is None else query.options.model_dump(mode="json"),
+        }
+        for query, answer in zip(queries, answers, strict=True)
+    ]
+    return {"queries": asked} if len(asked) > 1 else {key: value for key, value in asked[0].items() if key != "name"}
 
 
 def inputs(config: Config, request: Request) -> list[Path]:
     """Files and folders that are read, none of which scores may be written onto."""
-    named = [request.data, request.prompts]
-    if isinstance(config.metric, TextLossOptions):
-        named.append(config.metric.file.replace("{language}", config.metric.language))
-    if isinstance(config.metric, CustomOptions):
-        named += [config.metric.path, *(value for value in config.metric.options.values() if isinstance(value, str))]
-    return [path for name in named for path in files_of(name)]
-
-
-def require_memory(
-    target: LanguageModel, inner: InnerConfig, plan: Plan, examples: Examples, micro_batch: int, tokens_read: int
-) -> None:
-    """Refuse what will not fit.
-
-    Raises:
-        UsageError: naming the flag that would make it fit.
-    """
-    length = examples.ids_N_S.shape[1]
-    batch = max(len(plan.index(number)) for number in range(len(plan)))
-    need = Need.of(target, len(plan), min(micro_batch, batch), length, inner.states, batch, tokens_read)
-    frozen = (target.parameter_count - target.trained_count) * float(target.head.element_size())
-    check_memory(need, target.head.device, states_flag="--memory ", rows_flag="--micro-batch ", other=frozen)
-
-
-def how_made(
-    config: Config, found: Prepared, made_of: dict[str, Any], before: float, result: Metagradient
-) -> dict[str, Any]:
-    """How scores were made: everything that another attribution must have in common with it to be compared."""
-    rows = hashlib.sha256()
-    for row in found.rows:
-        rows.update(json.dumps([row.ids, [int(bit) for bit in row.label]]).encode())
-    return {
-        "dpg": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "seed": config.seed,
-        "phi_before": before,
-        "phi": result.value,
-        "measures": result.measures,
-        "gradient_median": result.gradient_median,
-        "notes": list(result.notes),
-        "recipe": config.inner.model_dump(mode="json"),
-        "lora": config.lora.model_dump(mode="json"),
-        "metric": config.metric.model_dump(mode="json"),
-        "data": found.understood.as_dict(),
-        "examples_sha256": rows.hexdigest(),
-        "target": {**config.models.model_dump(mode="json", include={"target", "target_init", "init_seed"})},
-        "fingerprint": made_of,
-    }
-
-
-def against_gradient(inner: InnerConfig, median: float) -> str:
-    """ε against the gradients of the first step, on one line."""
-    if inner.optimizer != "adamw":
-        return f"median |g| of the first step {median:.1e}; {inner.optimizer} is linear in it."
-    floor = inner.eps + inner.eps_root**0.5
-    answers = floor / (floor + median) if floor + median else 1.0
-    said = (
-        f"median |g| of the first step {median:.1e}, ε {floor:.1e}: an update answers to its gradient by {answers:.0%}"
-    )
-    if answers >= 0.1:
-        return f"{said}."
-    return f"{said}; AdamW is nearly sign(g), and scores fade. Try --set inner.eps={median:.0e}"
-
-
-def pieces(target: LanguageModel, ids: list[int]) -> list[str]:
-    """The text of each token by itself."""
-    return [target.tokenizer.decode([token]) for token in ids]
-
-
-def as_json(result: Attribution) -> dict[str, Any]:
-    """A result for JSON."""
-    data = asdict(result)
-    for side in ("helpful", "harmful"):
-        data[side] = [row.as_row() for row in getattr(result, side)]
-    return data
+    named = [request.data, request.prompts, *request.query_files, str(request.checkpoint or "")]
+    for options in (config.metric, *(query.options for query in request.queries)):
+        if isinstance(options, TextLossOptions):
+            named.append(options.file.replace("{language}", options.language))
+        if isinstance(options, CustomOptions):
+            named += [options.path, *(value for value in options.options.values() if isinstance(value, str))]
+    return [path for name in dict.fromkeys(named) for path in files_of(name)]

@@ -1,20 +1,23 @@
-"""The scores that an attribution leaves: one row an example, in the order of the data, and the record of how they were made.
+"""The scores that an attribution leaves, and the record of how they were made.
 
-The format goes by the file's ending. The record lies beside the scores as JSON (`scores.parquet.json`), and in a parquet
-file's own metadata too (key `dpg`).
+One metric: a row an example, in the order of the data. Several: a row a query and example, query after query, and no texts.
+As safetensors: tensors of all of them. The format goes by the file's ending. The record lies beside the scores as JSON
+(`scores.parquet.json`), and in a parquet or safetensors file's own metadata too (key `dpg`).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dpg_cli.data.tokens import Tokens
 from dpg_cli.errors import UsageError
@@ -33,7 +36,15 @@ SCHEMA = pa.schema(
         ("token_scores", pa.list_(pa.float32())),
     ]
 )
-FORMATS = (".parquet", ".jsonl", ".csv")
+MANY = pa.schema(
+    [
+        ("query", pa.string()),
+        ("example_id", pa.int64()),
+        ("score", pa.float64()),
+        ("token_scores", pa.list_(pa.float32())),
+    ]
+)
+FORMATS = (".parquet", ".jsonl", ".csv", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -97,41 +108,59 @@ def check_place(path: Path, inputs: Sequence[Path], overwrite: bool) -> None:
             raise UsageError(f"{place} exists already.", "Name another file with --out, or add --overwrite.")
 
 
-def write_scores(path: Path, rows: Iterator[Scored], record: dict[str, Any]) -> None:
+def write_scores(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, record: dict[str, Any]) -> None:
     """Write scores and their record, each whole or not at all.
 
     Args:
-        path: `check_place` has passed it.
-        rows: in the order of the data; they are written as they come.
+        path: `check_place` has passed it; not for `.safetensors`.
+        rows: with the columns of the schema; they are written as they come.
+        schema: `SCHEMA`, or `MANY`.
         record: how they were made, plain JSON.
     """
+    write = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv}[path.suffix.lower()]
     with replacing(path) as temporary:
-        {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv}[path.suffix.lower()](temporary, rows, record)
+        write(temporary, rows, schema, record)
     write_json(record_of(path), record)
 
 
-def _parquet(path: Path, rows: Iterator[Scored], record: dict[str, Any]) -> None:
-    schema = SCHEMA.with_metadata({b"dpg": json.dumps(record).encode()})
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    """Write scores as tensors, and their record.
+
+    Args:
+        path: `check_place` has passed it.
+        tensors: `scores` (Q, N), `token_scores` (Q, N, S) and `token_ids` (N, S), 0 where padded, `example_ids` (N,) and
+            `lengths` (N,).
+        record: how they were made, plain JSON.
+    """
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"dpg": json.dumps(record)}
+        )
+    write_json(record_of(path), record)
+
+
+def _parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, record: dict[str, Any]) -> None:
+    schema = schema.with_metadata({b"dpg": json.dumps(record).encode()})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
         for row in rows:
-            batch.append(row.as_row())
+            batch.append(row)
             if len(batch) == ROWS_AT_ONCE:
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
                 batch = []
         writer.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 
-def _json_lines(path: Path, rows: Iterator[Scored], record: dict[str, Any]) -> None:
+def _json_lines(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, record: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row.as_row(), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _csv(path: Path, rows: Iterator[Scored], record: dict[str, Any]) -> None:
+def _csv(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, record: dict[str, Any]) -> None:
     """Lists are JSON."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, SCHEMA.names, lineterminator="\n")
+        table = csv.DictWriter(file, schema.names, lineterminator="\n")
         table.writeheader()
         for row in rows:
-            values = row.as_row().items()
+            values = row.items()
             table.writerow({k: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for k, v in values})

@@ -5,6 +5,8 @@ itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
 
     keep  4T (5 for T = 1)        sqrt  3 ⌈T/K⌉ + 4K + 4        offload  9
 
+and for each further metric of the same walk (*query*) three of adjoints; with several, one more, and products of one step.
+
 Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
 layer; of the tokens that the metric reads at once, about 20. Where it reads several times as many, its gradient is summed in
 one more vector. The LM head takes a few chunks of logits. `keep` remembers products of the
@@ -43,6 +45,7 @@ class Need:
         layers, width, heads, vocabulary: of the target.
         batch: rows of an inner batch.
         metric_tokens: that the metric reads.
+        queries: Q, of one walk.
     """
 
     parameters: int
@@ -57,6 +60,7 @@ class Need:
     vocabulary: int
     batch: int
     metric_tokens: int = 0
+    queries: int = 1
 
     @classmethod
     def of(
@@ -88,7 +92,7 @@ class Need:
             "sqrt": 3 * -(-self.steps // segment) + 4 * segment + 4,
             "offload": 9,
         }
-        return min(kept[self.states], kept["keep"])
+        return min(kept[self.states], kept["keep"]) + (3 * self.queries - 2 if self.queries > 1 else 0)
 
     @property
     def bytes(self) -> float:
@@ -98,7 +102,8 @@ class Need:
         logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
         vectors = self.vectors + (self.metric_tokens > TOKENS)
         numbers = vectors * self.parameters + activations + logits
-        return numbers * self.element + min(LIMIT, self.remembered_steps * self._products)
+        steps = max(self.remembered_steps, int(self.queries > 1))
+        return numbers * self.element + min(LIMIT, steps * self._products)
 
     @property
     def _products(self) -> float:
@@ -122,6 +127,20 @@ def machine_bytes(device: torch.device) -> float:
         except (OSError, ValueError):  # no such limit, or "max"
             continue
     return total
+
+
+def peak_bytes(need: Need, device: torch.device, other: float = 0.0) -> float:
+    """The peak with what Python and its libraries take, and `other` bytes besides."""
+    return (BASE_BYTES if device.type == "cpu" else 0.0) + need.bytes + other
+
+
+def widest(need: Need, queries: int, device: torch.device, other: float = 0.0) -> int:
+    """How many of Q metrics are walked at once, so that it fits: in as few, equal groups as can be; 1 if none fits."""
+    for groups in range(1, queries + 1):
+        width = -(-queries // groups)
+        if peak_bytes(replace(need, queries=width), device, other) <= machine_bytes(device):
+            return width
+    return 1
 
 
 def check_memory(need: Need, device: torch.device, *, states_flag: str, rows_flag: str, other: float = 0.0) -> None:

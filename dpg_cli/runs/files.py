@@ -112,6 +112,34 @@ def os_reason(error: Exception) -> str | None:
     return found[1].strip() if found else None
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While this process writes into a folder, no other does. The lock ends with the process, however it ends.
+
+    Raises:
+        UsageError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    with reading(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process is at work in {folder}.", "Wait for it, or give another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def settle(path: Path) -> None:
     """Bring a file, or a folder and what is in it, to the disk, with the permissions of ordinary new files."""
     mask = os.umask(0o077)  # the only way to read it is to set it

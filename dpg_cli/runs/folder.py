@@ -13,7 +13,7 @@ from typing import Any
 from dpg_cli.data.sources import absolute
 from dpg_cli.errors import UsageError
 from dpg_cli.runs.commands import command
-from dpg_cli.runs.files import TEMPORARY, reading, replacing, write_json, write_text, writing
+from dpg_cli.runs.files import TEMPORARY, locked, reading, replacing, write_json, write_text, writing
 from dpg_cli.settings.config import Config, PatternOptions, load_toml, to_toml, validate
 
 __all__ = ["RunFolder", "command", "replacing", "resolve_paths", "write_json", "write_text"]
@@ -104,25 +104,8 @@ class RunFolder:
         Raises:
             UsageError: if another process holds it.
         """
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
+        with locked(self.path):
             yield
-            return
-        with reading(self.path):
-            handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"Another process is at work in {self.path}.", "Wait for it, or give another folder."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            yield
-        finally:
-            os.close(handle)
 
     def tidy(self) -> None:
         """Remove what a killed process left half-written.

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from dpg_cli.cli.attribution import AttributionDisplay, interruptible, show_result, show_rows
 from dpg_cli.cli.metric_flags import custom_settings, require_metric
-from dpg_cli.cli.tokens import mask_legend, masked_tokens, scored_tokens, shows_unicode
-from dpg_cli.errors import UsageError, one_line, suggestion
-from dpg_cli.escape import printable
+from dpg_cli.cli.tokens import shows_unicode
+from dpg_cli.errors import UsageError, suggestion
 
 if TYPE_CHECKING:
-    from dpg_cli.attribution.attribute import Attribution, Request
+    from dpg_cli.attribution.queries import Query
     from dpg_cli.settings.config import Config
 
 RECIPE = "Recipe: how the target is fine-tuned"
-PLAIN_SECONDS = 10.0  # between two plain lines of progress
+QUERIES = "Many questions at once"
 
 
 def attribute(
@@ -35,17 +29,49 @@ def attribute(
             "hub dataset; rows of text, prompt + completion, messages, or instruction + output; :COLUMN names one. docs/data.md."
         ),
     ],
-    target: Annotated[str, typer.Option(help="The model to fine-tune: a folder, a hub name, tiny or prose.")] = "tiny",
+    target: Annotated[
+        str | None,
+        typer.Option(help="The model to fine-tune: a folder, a hub name, tiny (the default) or prose."),
+    ] = None,
     metric: Annotated[
-        str,
-        typer.Option(help="text-loss, pattern, norm; or your own: FILE.py:Name, which is run, or an installed one."),
-    ] = "text-loss",
+        list[str] | None,
+        typer.Option(
+            help="text-loss, pattern, norm; or your own: FILE.py:Name, which is run, or an installed one. Several times: a query "
+            "each.",
+            show_default="text-loss",
+        ),
+    ] = None,
     language: Annotated[
         str | None, typer.Option(help="text-loss on held-out sentences of the embedded world: en, es, de, fr or it.")
     ] = None,
     eval_text: Annotated[str | None, typer.Option(help="text-loss on these held-out texts: a source as DATA.")] = None,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            help="Many questions at once: a source as DATA, each row a text-loss of its own.", rich_help_panel=QUERIES
+        ),
+    ] = None,
+    query_by: Annotated[
+        str, typer.Option(help="A query is all rows with one value of this column.", rich_help_panel=QUERIES)
+    ] = "",
+    metric_file: Annotated[
+        Path | None,
+        typer.Option(help="TOML: a query a table, with the keys of [metric].", rich_help_panel=QUERIES),
+    ] = None,
+    at_once: Annotated[
+        int,
+        typer.Option(min=0, help="Queries that share a walk; 0: as many as fit in memory.", rich_help_panel=QUERIES),
+    ] = 0,
+    token_scores: Annotated[
+        bool | None,
+        typer.Option(
+            "--token-scores/--no-token-scores",
+            help="Scores of tokens too; of several queries only when asked for, or as tensors.",
+            rich_help_panel=QUERIES,
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="Where the scores go: a name that ends in .parquet, .jsonl or .csv.")
+        Path, typer.Option(help="Where the scores go: a name that ends in .parquet, .jsonl, .csv or .safetensors.")
     ] = Path("scores.parquet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier scores.")] = False,
     show: Annotated[
@@ -61,7 +87,11 @@ def attribute(
         ),
     ] = "auto",
     memory: Annotated[
-        str | None, typer.Option(help="States of the fine-tuning: keep, sqrt (recompute) or offload (to disk).")
+        str | None,
+        typer.Option(
+            help="States of the fine-tuning: keep, sqrt (recompute) or offload (to disk). With the last two the same command goes on "
+            "after an interruption."
+        ),
     ] = None,
     micro_batch: Annotated[
         int, typer.Option(min=0, help="Examples in memory at once; 0 takes about 4,096 tokens.")
@@ -80,6 +110,14 @@ def attribute(
         Path | None,
         typer.Option(
             help="How you trained: YAML or JSON of TRL, the transformers Trainer, axolotl or torchtune. docs/recipes.md.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    from_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from there, with its weights and optimiser state: a checkpoint folder of the Trainer, or a .safetensors "
+            "file. docs/recipes.md.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -130,12 +168,20 @@ def attribute(
         dpg attribute notes.txt --language es --epochs 3 --schedule cosine --warmup 0.05 --max-grad-norm 1
 
         dpg attribute sft.jsonl --target ./model --eval-text heldout.jsonl --recipe sft_config.yaml
+
+        dpg attribute sft.jsonl --target ./model --query questions.jsonl --memory sqrt --top 10
     """
-    from dpg_cli.attribution.attribute import Request, as_json
+    from dpg_cli.attribution.attribute import Request
     from dpg_cli.attribution.attribute import attribute as run_attribution
+    from dpg_cli.attribution.outcome import as_json
+    from dpg_cli.attribution.pace import Pace
+    from dpg_cli.attribution.work import work_folder
     from dpg_cli.recipes import read_recipe
 
-    options = _metric(metric, language, eval_text, overrides or [], bool(show))
+    asked = [] if show else _queries(metric or [], language, eval_text, query, query_by, metric_file, overrides or [])
+    options = _first_metric(asked, metric or ["text-loss"], language, eval_text, query, overrides or [], bool(show))
+    whole = from_checkpoint is not None and (from_checkpoint / "config.json").is_file()
+    target = target or (str(from_checkpoint) if whole else "tiny")
     inner = {
         "states": memory,
         "max_length": max_length,
@@ -170,12 +216,22 @@ def attribute(
         overwrite=overwrite,
         micro_batch=micro_batch,
         top=top,
-        metric=metric if options["name"] == "custom" else None,
+        metric=metric[0] if metric and options["name"] == "custom" else None,
+        queries=tuple(asked),
+        query_files=tuple(str(source) for source in (query, metric_file) if source is not None),
+        checkpoint=from_checkpoint,
+        width=at_once,
+        token_scores=token_scores,
     )
     if show:
-        _show_rows(config, request, show)
+        show_rows(config, request, show)
         return
-    with _Display() as display:
+    states = config.inner.states
+    pace = Pace(states, min(at_once or len(asked), len(asked)) or 1, adapters=config.lora.rank > 0)
+    with (
+        AttributionDisplay(pace) as display,
+        interruptible(display, None if states == "keep" else work_folder(out)),
+    ):
         if understood is not None:
             for line in understood.text().splitlines():
                 display.note(line)
@@ -185,7 +241,61 @@ def attribute(
     if as_json_:
         typer.echo(json.dumps({"scores": str(out), **as_json(result)}, indent=2, ensure_ascii=not shows_unicode()))
     else:
-        _show(result, out)
+        show_result(result, out)
+
+
+def _queries(
+    metrics: list[str],
+    language: str | None,
+    eval_text: str | None,
+    query: str | None,
+    query_by: str,
+    metric_file: Path | None,
+    overrides: list[str],
+) -> list[Query]:
+    """What is asked, where it is more than one metric of the settings; empty where it is that.
+
+    Raises:
+        UsageError: for flags that do not fit together.
+    """
+    from pydantic import TypeAdapter
+
+    from dpg_cli.attribution.queries import of_file, of_options, of_rows
+    from dpg_cli.settings.config import MetricOptions
+
+    if query_by and query is None:
+        raise UsageError("--query-by groups the rows of --query.", "Give --query FILE.")
+    if query is None and metric_file is None and len(metrics) < 2:
+        return []
+    if any(text.startswith("metric.") for text in overrides):
+        raise UsageError("--set metric.KEY is for one metric.", "Put the settings of several into a --metric-file.")
+    if "text-loss" not in metrics and not (language is None and eval_text is None):
+        flag = "--language" if language is not None else "--eval-text"
+        raise UsageError(f"{flag} is for --metric text-loss.", "Add that, or leave it out.")
+    found = []
+    for name in metrics:
+        own = (language, eval_text) if name == "text-loss" else (None, None)
+        options = TypeAdapter[MetricOptions](MetricOptions).validate_python(_metric(name, *own, [], False))
+        found.append(of_options(name.rpartition(":")[2], options, name))
+    if metric_file is not None:
+        found += of_file(metric_file, metrics)
+    return found + ([] if query is None else of_rows(query, query_by))
+
+
+def _first_metric(
+    asked: list[Query],
+    metrics: list[str],
+    language: str | None,
+    eval_text: str | None,
+    query: str | None,
+    overrides: list[str],
+    showing: bool,
+) -> dict[str, Any]:
+    """The metric of the settings: the only one, or the first of several queries that is one."""
+    if not asked:
+        return _metric(metrics[0], language, eval_text, overrides, showing)
+    first = next((one.options for one in asked if one.options is not None), None)
+    return {"name": "text-loss", "file": query} if first is None else first.model_dump(mode="json")
 
 
 def _metric(
@@ -227,89 +337,3 @@ def _choice(flag: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise UsageError(f"{flag} {value} is no choice.", suggestion(value, known, "It takes"))
     return value
-
-
-class _Display:
-    """Stages and progress on stderr; a bar on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.started = self.last_line = time.monotonic()
-        self.bar: Progress | None = None
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Display:
-        if self.console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-        self.console.print(f"{time.monotonic() - self.started:6.0f} s  {name}")
-
-    def note(self, line: str) -> None:
-        """Something to know of the data."""
-        self.console.print(Text(f"         {printable(line)}"))
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """An inner step is done, forward or in reverse."""
-        name = {"forward": "fine-tuning", "reverse": "attributing"}[phase]
-        if self.bar is not None:
-            if phase not in self.tasks:
-                self.tasks[phase] = self.bar.add_task(name, total=total)
-            self.bar.update(self.tasks[phase], completed=done)
-        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
-            self.last_line = time.monotonic()
-            self.console.print(f"{self.last_line - self.started:6.0f} s  {name}: step {done} of {total}")
-
-
-def _show(result: Attribution, out: Path) -> None:
-    """The tables and the summary, on stdout."""
-    console = Console(highlight=False)
-    for title, rows in (("Most helpful", result.helpful), ("Most harmful", result.harmful)):
-        if not rows:
-            continue
-        table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-        table.add_column("example", justify="right")
-        table.add_column("score", justify="right")
-        table.add_column("tokens")
-        for row in rows:
-            table.add_row(str(row.example_id), f"{row.score:+.3e}", scored_tokens(row.tokens, row.token_scores))
-        console.print(table)
-        console.print()
-    measures = ", ".join(f"{name} {value:.4g}" for name, value in result.measures.items())
-    lines = [
-        f"Metric: {result.metric}. Φ {result.value_before:.4f} -> {result.value:.4f} ({measures}).",
-        result.epsilon[0].upper() + result.epsilon[1:],
-    ]
-    if result.clipped_share is not None:
-        lines.append(f"The gradient was clipped on {result.clipped_share:.0%} of the steps.")
-    if result.precision_error is not None:
-        lines.append(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
-    memory = "" if result.peak_memory_mb is None else f", {result.peak_memory_mb:,.0f} MB at the peak"
-    lines.append(f"{result.examples:,} examples in {result.inner_steps:,} steps, {result.seconds:.0f} s{memory}.")
-    lines.append(f"Scores: {out}; how they were made: {out}.json")
-    for line in lines:
-        typer.echo(one_line(line))
-
-
-def _show_rows(config: Config, request: Request, count: int) -> None:
-    """The first rows as tokens, on stdout."""
-    from dpg_cli.attribution.attribute import show
-
-    found, tokens = show(config, request, count)
-    console = Console(highlight=False, soft_wrap=True)
-    for line in (found.understood.line(), *found.understood.notes(), mask_legend(console.is_terminal)):
-        typer.echo(one_line(line))
-    for number, row, texts in zip(found.numbers, found.rows, tokens, strict=False):
-        console.print()
-        console.print(Text(f"row {number}: {sum(row.label):,} of {len(row.ids):,} tokens count, {row.cut:,} cut away"))
-        console.print(masked_tokens(texts, row.label, console.is_terminal))
