@@ -385,7 +385,8 @@ def read_tensors(path: Path, like: Tensor) -> tuple[dict[str, Tensor], dict[str,
     """
     with reading_tensors(path), safe_open(path, "pt") as file:
         names = list(file.keys())
-        found = {name: file.get_tensor(name).to(like.device) for name in names}
+        # in memory of their own: what a product rounds to may depend on how its operands are aligned
+        found = {name: file.get_tensor(name).clone().to(like.device) for name in names}
         if any(tensor.dtype != like.dtype for tensor in found.values()):
             raise damaged(path)
         return found, dict(file.metadata() or {})
