@@ -120,6 +120,19 @@ def test_a_step_along_the_metagradient_raises_it(name: str, target: LanguageMode
     assert (up - down) / (2 * h) == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_float32_has_the_gradient_of_float64(name: str, target: LanguageModel) -> None:
+    grads = []
+    for own in (target, load("tiny", device=torch.device("cpu"))):
+        if own is not target:
+            untie_head(own.model)
+        leaves = {key: at.requires_grad_() for key, at in parameters_of(own).items()}
+        found = torch.autograd.grad(METRICS[name](own)(leaves, own.model), list(leaves.values()), allow_unused=True)
+        grads.append(torch.cat([torch.zeros(1) if grad is None else grad.double().flatten() for grad in found]))
+    wide, narrow = grads
+    assert float((wide - narrow).norm() / wide.norm()) < 1e-4
+
+
 def data(target: LanguageModel, count: int = 12) -> tuple[Examples, torch.Tensor]:
     """Prompts answered in German, then prompts answered in English, of meanings that no metric holds; True for German."""
     pairs = [Pair(*pair) for language in ("de", "en") for pair in said_in(language, 32 + count)[32:]]

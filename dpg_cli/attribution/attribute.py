@@ -17,7 +17,7 @@ import torch
 
 from dpg_cli.attribution.checkpoint import read_checkpoint
 from dpg_cli.attribution.groups import Task
-from dpg_cli.attribution.key import how_made, key_of
+from dpg_cli.attribution.key import file_sum, how_made, key_of
 from dpg_cli.attribution.outcome import Answer, Attribution, against_gradient
 from dpg_cli.attribution.queries import Query, of_options, queries_sum, require_distinct, trained_with
 from dpg_cli.attribution.scores import check_place
@@ -60,6 +60,7 @@ class Request:
         metric: what the user gave as --metric; without it no file of a custom metric is run.
         queries: what is asked; empty for the metric of the settings alone.
         query_files: files and folders that they are read from.
+        query, query_by: of these the one whose rows are queries, and the column that groups them.
         checkpoint: where the run goes on from; None for a fresh one.
         width: queries that are walked at once; 0 takes as many as fit in memory.
         token_scores: write those of tokens too; None where there is one query, or the scores are tensors.
@@ -77,9 +78,22 @@ class Request:
     metric: str | None = None
     queries: tuple[Query, ...] = ()
     query_files: tuple[str, ...] = ()
+    query: str = ""
+    query_by: str = ""
     checkpoint: Path | None = None
     width: int = 0
     token_scores: bool | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """How the rows were read, for the record."""
+        read = {
+            "data": self.data,
+            "prompts": self.prompts,
+            "limit": self.limit,
+            "keep": self.keep,
+            "train_on": self.train_on,
+        }
+        return {**read, "query": self.query, "query_by": self.query_by}
 
 
 def read_rows(
@@ -175,6 +189,8 @@ def attribute(
             **_asked(queries, answers),
             "inner_steps": task.steps,
             "first_step": 0 if start is None else start.step,
+            "request": request.as_dict(),
+            "data_sha256": next((file_sum(path) for path in files_of(request.data)), ""),
         }
         table.write(request.out, [query.name for query in queries], record, request.token_scores)
         if work is not None:

@@ -1,7 +1,7 @@
 """The scores that an attribution leaves, and the record of how they were made.
 
-One metric: a row an example, in the order of the data. Several: a row a query and example, query after query, and no texts.
-As safetensors: tensors of all of them. The format goes by the file's ending. The record lies beside the scores as JSON
+One metric: a row an example, in the order of the data. Several: a row a query and example, query after query, with texts in
+the rows of the first. As safetensors: tensors of all of them. The format goes by the file's ending. The record lies beside the scores as JSON
 (`scores.parquet.json`), and in a parquet or safetensors file's own metadata too (key `dpg`).
 """
 
@@ -40,10 +40,13 @@ MANY = pa.schema(
     [
         ("query", pa.string()),
         ("example_id", pa.int64()),
+        ("text", pa.string()),
         ("score", pa.float64()),
+        ("tokens", pa.list_(pa.string())),
         ("token_scores", pa.list_(pa.float32())),
     ]
 )
+OF_TOKENS = ("tokens", "token_scores")
 FORMATS = (".parquet", ".jsonl", ".csv", ".safetensors")
 
 

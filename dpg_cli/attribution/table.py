@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dpg_cli.attribution.scores import MANY, SCHEMA, Scored, write_scores, write_tensors
+from dpg_cli.attribution.scores import MANY, OF_TOKENS, SCHEMA, Scored, write_scores, write_tensors
 from dpg_cli.data.prepared import Prepared
 from dpg_cli.models.loading import LanguageModel
 
@@ -44,7 +45,7 @@ class ScoreTable:
         elif len(names) == 1:
             write_scores(out, (row.as_row() for row in self.rows()), SCHEMA, record)
         else:
-            schema = MANY if token_scores else MANY.remove(MANY.get_field_index("token_scores"))
+            schema = MANY if token_scores else pa.schema([field for field in MANY if field.name not in OF_TOKENS])
             write_scores(out, self._long(names, bool(token_scores)), schema, record)
 
     def extremes(self, query: int, top: int) -> tuple[list[Scored], list[Scored]]:
@@ -68,8 +69,12 @@ class ScoreTable:
         for query, name in enumerate(names):
             for place, number in self._places():
                 score = 0.0 if number is None else float(self.example_Q_N[query, number])
-                row = {"query": name, "example_id": self.found.numbers[place], "score": score}
-                yield {**row, "token_scores": self._tokens(place, number, query)} if tokens else row
+                text = self.found.rows[place].text if not query else None
+                row = {"query": name, "example_id": self.found.numbers[place], "text": text, "score": score}
+                if tokens:
+                    words = pieces(self.target, self.found.rows[place].ids) if not query else None
+                    row |= {"tokens": words, "token_scores": self._tokens(place, number, query)}
+                yield row
 
     def _tokens(self, place: int, number: int | None, query: int) -> list[float]:
         size = len(self.found.rows[place].ids)

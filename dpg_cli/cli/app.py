@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from dpg_cli import __version__
-from dpg_cli.cli.commands import attribute, check, export, inspect, metrics, presets, report, resume, run, verify
+from dpg_cli.cli.commands import (
+    attribute,
+    check,
+    export,
+    inspect,
+    metrics,
+    presets,
+    report,
+    resume,
+    run,
+    select,
+    verify,
+)
 
 app = typer.Typer(
     name="dpg",
@@ -27,6 +39,7 @@ app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.add_typer(export.app, name="export")
 app.command("attribute")(attribute.attribute)
+app.command("select")(select.select)
 app.add_typer(presets.app, name="presets")
 app.add_typer(metrics.app, name="metrics")
 

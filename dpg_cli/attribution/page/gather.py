@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Facts:
         scores_Q_N: ∂Φ/∂w of each row.
         texts: what is trained on.
         stands_N: the row that stands for each, see `folded`.
+        selections: data that was made by these scores: name, rows, what was predicted of it and what came.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Facts:
     scores_Q_N: np.ndarray
     texts: list[str]
     stands_N: np.ndarray
+    selections: list[dict[str, Any]]
 
 
 def gather(path: Path) -> Facts:
@@ -79,7 +82,24 @@ def gather(path: Path) -> Facts:
         Query(query.name, query.before, query.after, shaded(own))
         for query, own in zip(table.queries, pieces, strict=True)
     ]
-    return Facts(path, table.record, queries, table.ids_N, table.scores_Q_N, texts, stands_N)
+    return Facts(path, table.record, queries, table.ids_N, table.scores_Q_N, texts, stands_N, selections(path))
+
+
+def selections(scores: Path) -> list[dict[str, Any]]:
+    """What `dpg select` made by these scores, of the records that lie beside them or in the working folder."""
+    found = []
+    for place in sorted({path.resolve() for at in (scores.parent, Path()) for path in at.glob("*.selection.json")}):
+        try:
+            made = json.loads(place.read_text(encoding="utf-8"))
+            if Path(made["scores"]).resolve() != scores.resolve():
+                continue
+            came = {query["name"]: query["measured"] for query in made.get("verdict", {}).get("queries", [])}
+            changes = [(name, float(change), came.get(name)) for name, change in made["predicted"].items()]
+            name = place.name.removesuffix(".selection.json")
+            found.append({"name": name, "kept": int(made["kept"]), "rows": int(made["rows"]), "changes": changes})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # no record of ours
+    return found
 
 
 def cut(text: str) -> str:

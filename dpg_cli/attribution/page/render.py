@@ -69,6 +69,7 @@ def render(facts: Facts, place: Path) -> str:
         queries=facts.queries,
         facts=made(facts),
         notes=[str(note) for note in facts.record.get("notes") or []],
+        selections=facts.selections,
         select=f"dpg select {pasted(facts.path)} --drop 50",
         blocks=list(blocks(facts, place)),
         style=Markup(style),

@@ -73,6 +73,10 @@ def attribute(
     out: Annotated[
         Path, typer.Option(help="Where the scores go: a name that ends in .parquet, .jsonl, .csv or .safetensors.")
     ] = Path("scores.parquet"),
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Also write the scores as a page to look at, beside them with the ending .html."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier scores.")] = False,
     show: Annotated[
         int, typer.Option(min=0, help="Print the first so many rows as tokens, with what is trained on, and stop.")
@@ -175,9 +179,12 @@ def attribute(
     from dpg_cli.attribution.attribute import attribute as run_attribution
     from dpg_cli.attribution.outcome import as_json
     from dpg_cli.attribution.pace import Pace
+    from dpg_cli.attribution.page import write_page
     from dpg_cli.attribution.work import work_folder
     from dpg_cli.recipes import read_recipe
 
+    if report and not show:
+        _check_page(out, overwrite)
     asked = [] if show else _queries(metric or [], language, eval_text, query, query_by, metric_file, overrides or [])
     options = _first_metric(asked, metric or ["text-loss"], language, eval_text, query, overrides or [], bool(show))
     whole = from_checkpoint is not None and (from_checkpoint / "config.json").is_file()
@@ -218,6 +225,8 @@ def attribute(
         top=top,
         metric=metric[0] if metric and options["name"] == "custom" else None,
         queries=tuple(asked),
+        query=query or "",
+        query_by=query_by,
         query_files=tuple(str(source) for source in (query, metric_file) if source is not None),
         checkpoint=from_checkpoint,
         width=at_once,
@@ -238,10 +247,24 @@ def attribute(
         result = run_attribution(
             config, request, on_stage=display.stage, on_note=display.note, on_progress=display.progress
         )
+    page = write_page(out) if report else None
     if as_json_:
-        typer.echo(json.dumps({"scores": str(out), **as_json(result)}, indent=2, ensure_ascii=not shows_unicode()))
+        pages = {} if page is None else {"report": str(page)}
+        typer.echo(
+            json.dumps({"scores": str(out), **pages, **as_json(result)}, indent=2, ensure_ascii=not shows_unicode())
+        )
     else:
         show_result(result, out)
+        if page is not None:
+            typer.echo(f"The page: {page}")
+
+
+def _check_page(out: Path, overwrite: bool) -> None:
+    """Refuse a page that cannot be made, before anything is computed."""
+    if out.suffix.lower() == ".safetensors":
+        raise UsageError("--report needs texts, and .safetensors has none.", "Let --out end in .parquet.")
+    if out.with_suffix(".html").exists() and not overwrite:
+        raise UsageError(f"{out.with_suffix('.html')} exists already.", "Name another --out, or add --overwrite.")
 
 
 def _queries(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder; or what `dpg select` wrote.")],
     metric: Annotated[
         str | None, typer.Option(help="FILE.py:Name, for a run whose metric is a file; only you can name it.")
     ] = None,
@@ -49,9 +49,14 @@ def verify(
     and control can be told apart. The verdict does not rest on that. All is kept as RUN/verify.json and shown in
     RUN/report.html.
 
+    Of a selection, the target is fine-tuned on all of the data and on what stays, and the measured change of phi stands
+    beside the predicted one; exit code 4 where their signs differ.
+
     Examples:
 
         dpg verify runs/qr-embed-001
+
+        dpg verify sft-selected.jsonl
 
         dpg verify runs/custom-001 --metric mine.py:Mine
 
@@ -66,7 +71,11 @@ def verify(
     from dpg_cli.evidence.verify import verify_run
     from dpg_cli.models.loading import load, pick_device
     from dpg_cli.runs.folder import RunFolder
+    from dpg_cli.selection.select import read_selection
 
+    if read_selection(run) is not None:
+        _of_selection(run, device, metric, as_json)
+        return
     folder = RunFolder.open(run)
     config = folder.read_config()
     with Stages() as stages:
@@ -86,6 +95,21 @@ def verify(
     _save(folder, result)
     if not result.verified:
         raise VerificationError(f"{run} is not verified: {result.reason}.")
+
+
+def _of_selection(path: Path, device: str, metric: str | None, as_json: bool) -> None:
+    """Retrain on all of the data and on what stays."""
+    from dpg_cli.cli.stages import Stages
+    from dpg_cli.evidence.stock import Watcher
+    from dpg_cli.selection.retrain import retrain
+    from dpg_cli.selection.select import keep_verdict
+
+    with Stages() as stages:
+        result = retrain(path, device, metric, Watcher(stages.stage, stages.progress))
+    keep_verdict(path, result.as_dict())
+    typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else "\n".join(result.lines()))
+    if not result.verified:
+        raise VerificationError(f"{path} is not verified: {result.reason}.")
 
 
 def _save(folder: RunFolder, verdict: Verdict) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from dpg_cli.data.examples import Encoding, RowEncoder
@@ -14,7 +15,7 @@ from dpg_cli.data.formats.base import Row, Rows
 from dpg_cli.data.prepared import gathered_items, prepare
 from dpg_cli.data.shapes import Fault, Item, answered, fault_of
 from dpg_cli.data.sources import open_rows
-from dpg_cli.engine.inner.head import Head, find_head, logits_at
+from dpg_cli.engine.inner.head import Head, find_head
 from dpg_cli.engine.inner.target import hidden_of, logits_of
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
@@ -130,7 +131,7 @@ def own_logits(
         wide = nn.functional.pad(logits, (0, 0, 0, 1))
         return wide.flatten(0, 1)[places]
     weight, bias = head.parameters(parameters)
-    return logits_at(hidden_of(head, parameters, piece).flatten(0, 1)[places], weight, bias)
+    return linear(hidden_of(head, parameters, piece).flatten(0, 1)[places], weight, bias)
 
 
 def rows_of(source: str, *columns: str) -> Rows:

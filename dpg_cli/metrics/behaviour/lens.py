@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from dpg_cli.data.shapes import Pair, items, shape_of
-from dpg_cli.engine.inner.head import Head, find_head, logits_at
+from dpg_cli.engine.inner.head import Head, find_head
 from dpg_cli.engine.inner.target import inputs_of
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import UsageError
@@ -58,7 +59,7 @@ class LogitLens(Metric):
         norm = head.base.get_submodule(self.norm)
         prefix = f"{head.prefix}{self.norm}."
         own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
-        return logits_at(functional_call(norm, own, (states,)), *head.parameters(parameters))
+        return linear(functional_call(norm, own, (states,)), *head.parameters(parameters))
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
         """Φ; see the module."""
