@@ -70,7 +70,7 @@ def test_rows_are_queries_and_groups_of_them_too(place: Path) -> None:
     report = call(place, "--query", f"{place}/asked.jsonl:text", "--top", 2)
     assert [answer["name"] for answer in report["queries"]] == ["en0", "en1", "es0", "es1"]
     table = pq.read_table(place / "scores.parquet")
-    assert table.column_names == ["query", "example_id", "score"]
+    assert table.column_names == ["query", "example_id", "text", "score"]
     scores = np.array(table["score"]).reshape(4, COUNT)
     assert table["example_id"].to_pylist() == list(range(COUNT)) * 4
     assert table["query"].to_pylist() == [name for name in ("en0", "en1", "es0", "es1") for _ in range(COUNT)]
