@@ -91,7 +91,7 @@ def test_rows_are_queries_and_groups_of_them_too(place: Path) -> None:
     grouped = call(place, "--query", f"{place}/asked.jsonl:text", "--query-by", "language", out="grouped.jsonl")
     assert [answer["name"] for answer in grouped["queries"]] == ["en", "es"]
     lines = [json.loads(line) for line in (place / "grouped.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 2 * COUNT and set(lines[0]) == {"query", "example_id", "score"}
+    assert len(lines) == 2 * COUNT and set(lines[0]) == {"query", "example_id", "text", "score"}
     found = np.array([line["score"] for line in lines]).reshape(2, COUNT)
     assert np.all(found.min(0) >= -1) and not np.allclose(found[0], found[1])
     low, high = np.minimum(scores[2], scores[3]), np.maximum(scores[2], scores[3])
