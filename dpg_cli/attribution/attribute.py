@@ -27,8 +27,11 @@ from dpg_cli.data.examples import Encoding, Keep, RowEncoder, TrainOn
 from dpg_cli.data.prepared import Prepared, gather, prepare
 from dpg_cli.data.sources import files_of
 from dpg_cli.driver.recipe import inner_recipe
+from dpg_cli.engine.inner.recipe import Plan, Recipe
+from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.records import Examples
 from dpg_cli.errors import DegenerateError
+from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device, quiet_transformers
 from dpg_cli.runs.sessions import peak_memory_mb
@@ -114,6 +117,72 @@ def show(config: Config, request: Request, rows: int) -> tuple[Prepared, list[li
     return found, [pieces(target, row.ids) for row in found.rows[:rows]]
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A fine-tuning run with its questions, ready to be made.
+
+    Attributes:
+        target: as it is trained, with adapters where the settings have them.
+        found, examples: all rows of the data, and those with something to train on.
+        queries, metrics: what is asked.
+        recipe, plan, start: of the run.
+        made_of: fingerprint of the target, and of the checkpoint that it starts from.
+        micro_batch: rows in memory at once.
+    """
+
+    target: LanguageModel
+    found: Prepared
+    examples: Examples
+    queries: tuple[Query, ...]
+    metrics: list[TargetMetric]
+    recipe: Recipe
+    plan: Plan
+    start: Start | None
+    made_of: dict[str, str]
+    micro_batch: int
+
+
+def asked_of(config: Config, request: Request) -> tuple[Query, ...]:
+    """The queries of a request; the metric of the settings where it names none.
+
+    Raises:
+        UsageError: if two have one name.
+    """
+    queries = request.queries or (of_options("metric", config.metric, request.metric),)
+    require_distinct(queries)
+    return queries
+
+
+def set_up(
+    config: Config,
+    request: Request,
+    on_stage: Callable[[str], None] = lambda name: None,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Setup:
+    """Read the data, load the target, make the metrics and the plan.
+
+    Raises:
+        UsageError: for whatever cannot be read or does not fit.
+    """
+    queries = asked_of(config, request)
+    target, found, encoder = read_rows(config, request, on_stage)
+    examples = Examples(*found.tensors(encoder))
+    made_of = fingerprint(target)
+    target, metrics = trained_with(target, config, queries)
+    recipe = inner_recipe(config.inner, config.seed)
+    plan, start = recipe.plan(examples), None
+    for line in (found.understood.line(), *found.understood.notes()):
+        on_note(line)
+    for line in dict.fromkeys(line for metric in metrics for line in getattr(metric, "notes", ())):
+        on_note(line)
+    if request.checkpoint is not None:
+        known = read_checkpoint(request.checkpoint, target.model, recipe, len(plan), config.lora)
+        start, made_of = known.start, {**made_of, "checkpoint": fingerprint(target)["weights"]}
+        on_note(known.note)
+    micro_batch = request.micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
+    return Setup(target, found, examples, queries, metrics, recipe, plan, start, made_of, micro_batch)
+
+
 def attribute(
     config: Config,
     request: Request,
@@ -139,24 +208,11 @@ def attribute(
         DegenerateError: if the inner run diverges or a metagradient is not finite.
     """
     started, inner = time.perf_counter(), config.inner
-    queries = request.queries or (of_options("metric", config.metric, request.metric),)
-    require_distinct(queries)
+    queries = asked_of(config, request)
     check_place(request.out, inputs(config, request), request.overwrite)
-    target, found, encoder = read_rows(config, request, on_stage)
-    examples = Examples(*found.tensors(encoder))
-    made_of = fingerprint(target)
-    target, metrics = trained_with(target, config, queries)
-    recipe = inner_recipe(inner, config.seed)
-    plan, start = recipe.plan(examples), None
-    for line in (found.understood.line(), *found.understood.notes()):
-        on_note(line)
-    for line in dict.fromkeys(line for metric in metrics for line in getattr(metric, "notes", ())):
-        on_note(line)
-    if request.checkpoint is not None:
-        known = read_checkpoint(request.checkpoint, target.model, recipe, len(plan), config.lora)
-        start, made_of = known.start, {**made_of, "checkpoint": fingerprint(target)["weights"]}
-        on_note(known.note)
-    micro_batch = request.micro_batch or max(1, TOKENS // examples.ids_N_S.shape[1])
+    setup = set_up(config, request, on_stage, on_note)
+    target, found, examples, metrics = setup.target, setup.found, setup.examples, setup.metrics
+    made_of, recipe, plan, start, micro_batch = setup.made_of, setup.recipe, setup.plan, setup.start, setup.micro_batch
     task = Task(target, examples, recipe, plan, start, inner.states, inner.packing, micro_batch)
     tokens_read = max(getattr(metric, "tokens_read", 0) for metric in metrics)
     width = task.width(len(queries), request.width, tokens_read)

@@ -75,6 +75,11 @@ class Table:
                 yield place, row.get("tokens") or [], {query: row.get("token_scores") or []}
 
 
+def place_of_validation(scores: Path) -> Path:
+    """Where the verdict of retraining on some scores lies."""
+    return scores.with_name(f"{scores.name}.validation.json")
+
+
 def read_scores(path: Path) -> Table:
     """Read a scores file, all but its tokens.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dpg_cli.settings.config import Config
 
 PLAIN_SECONDS = 10.0  # between two plain lines of progress
-NAMES = {"forward": "fine-tuning", "reverse": "attributing"}
+NAMES = {"forward": "fine-tuning", "reverse": "attributing", "retraining": "retraining"}
 
 
 def in_words(seconds: float) -> str:
@@ -52,6 +52,7 @@ class AttributionDisplay:
         self.started = self.last_line = time.monotonic()
         self.pace = pace
         self.place = ""
+        self.retraining: tuple[float, int] | None = None  # when it began, and with how many
         self.bar: Progress | None = None
         self.tasks: dict[str, Any] = {}
 
@@ -76,11 +77,18 @@ class AttributionDisplay:
         """Something to know of the data."""
         self.console.print(Text(f"         {printable(line)}"))
 
+    def _left(self, phase: str, done: int, total: int) -> float | None:
+        if phase != "retraining":
+            return self.pace.left(phase, done, total)
+        now = time.monotonic()
+        since, first = self.retraining = self.retraining or (now, done)
+        return (now - since) / (done - first) * (total - done) if done > first else None
+
     def progress(self, phase: str, done: int, total: int) -> None:
         """An inner step is done, forward or in reverse."""
-        name, seconds = NAMES[phase], self.pace.left(phase, done, total)
+        name, seconds = NAMES[phase], self._left(phase, done, total)
         left = "" if seconds is None else f"about {in_words(seconds)} left"
-        self.place = f"{name}: step {done:,} of {total:,}"
+        self.place = f"{name}: {'run' if phase == 'retraining' else 'step'} {done:,} of {total:,}"
         if self.bar is not None:
             if phase not in self.tasks:
                 self.tasks[phase] = self.bar.add_task(name, total=total, left="")

@@ -13,7 +13,7 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +29,7 @@ from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
-from dpg_cli.engine.phi import metric_gradient, metric_measures
+from dpg_cli.engine.phi import metric_gradient, metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
 from dpg_cli.engine.reverse.selfcheck import selfcheck
@@ -152,6 +152,54 @@ def metagradients(
         model, examples, optimizer, metrics, None, weights_N, None, micro_batch, False, visits, plan, memory, None,
         packing, progress, ranks, None, start, journal,
     )[0]  # fmt: skip
+
+
+def outcomes(
+    model: nn.Module,
+    examples: Examples,
+    optimizer: OptimizerSpec | Recipe,
+    metrics: Sequence[TargetMetric | Callable[..., Tensor]],
+    weights: Iterable[Tensor],
+    *,
+    plan: Plan | None = None,
+    micro_batch: int = 0,
+    packing: bool = False,
+    start: Start | None = None,
+) -> Iterator[list[float]]:
+    """Φ after fine-tuning a copy of `model`, once for each setting of the data weights; nothing is attributed.
+
+    Args:
+        weights: data weights w, (N,) each; 0 leaves an example out, with batches, order and normaliser as they are.
+
+    Yields:
+        The values of all metrics, after each run.
+
+    Raises:
+        DegenerateError, UsageError, BadValueError, BadTypeError: as `metagradient`.
+    """
+    phis = [as_metric(metric) for metric in metrics]
+    recipe = Recipe.of(optimizer, None, None, None)
+    with recipe.prepared(model) as (target, _):
+        aligned = accepted(target, examples, optimizer, None).aligned()
+        whole = recipe.plan(aligned) if plan is None else plan
+        run = TargetRun(
+            target,
+            recipe.space(target),
+            recipe.normalization,
+            aligned.ids_N_S.shape[1],
+            micro_batch,
+            precision=recipe.precision,
+            packing=packing,
+        )
+        run = selfcheck(run, aligned, need_hvp=False).apply(run)
+        run = replace(run, packing=packing and can_pack(run, aligned))
+        read = partial(run.space.read, target)
+        for weights_N in weights:
+            own = weights_N.to(read())
+            trace = inner_run(run, read(), aligned, recipe, own, None, None, "sqrt", read, False, whole, None, start)
+            if not all_finite(trace.theta):
+                raise DegenerateError("An inner run diverged: the weights are not finite.", "Lower inner.lr.")
+            yield [metric_value(run, trace.theta, phi) for phi in phis]
 
 
 def _attributed(

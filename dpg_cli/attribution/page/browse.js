@@ -125,6 +125,36 @@
     tick(svg, 4, height - foot - 6, signed(low), "start");
   }
 
+  function scatter(found) {
+    if (!byId("scatter")) return;
+    if (!found) {
+      byId("scatter").replaceChildren();
+      byId("trust").textContent = "Not validated by retraining.";
+      return;
+    }
+    const [width, height, foot] = [480, 190, 22];
+    const svg = frame("scatter", width, height);
+    const edge = Math.max(...found.points.flat().map(Math.abs)) || 1;
+    const x = (value) => ((value / edge + 1) / 2) * (width - 16) + 8;
+    const y = (value) => ((1 - value / edge) / 2) * (height - foot - 16) + 8;
+    svg.append(drawn("line", { x1: x(-edge), x2: x(edge), y1: y(0), y2: y(0), class: "grid" }));
+    svg.append(drawn("line", { x1: x(0), x2: x(0), y1: y(-edge), y2: y(edge), class: "grid" }));
+    svg.append(drawn("line", { x1: x(-edge), x2: x(edge), y1: y(-edge), y2: y(edge), class: "reference" }));
+    for (const [one, other] of found.points) {
+      const dot = drawn("circle", { cx: x(one).toFixed(1), cy: y(other).toFixed(1), r: 3.5, class: "dot" });
+      const said = drawn("title", {});
+      said.textContent = `predicted ${signed(one)}, measured ${signed(other)}`;
+      dot.append(said);
+      svg.append(dot);
+    }
+    tick(svg, 4, height - 6, "predicted " + signed(-edge), "start");
+    tick(svg, width - 4, height - 6, signed(edge), "end");
+    tick(svg, x(0) + 6, 14, "measured", "start");
+    byId("trust").textContent =
+      `Changes of \u03a6 in ${found.points.length} retrainings, each without a random ${Math.round(100 * found.share)} % of the ` +
+      `examples. Rank correlation (LDS) ${found.lds.toFixed(3)}, 95 %: ${found.low.toFixed(3)} to ${found.high.toFixed(3)}.`;
+  }
+
   let totals = null;
   function predict() {
     const top = Math.min(count, Math.max(1, Math.floor(Number(byId("top").value)) || 1));
@@ -236,13 +266,14 @@
     state.page = { helpful: 0, harmful: 0 };
     for (const button of document.querySelectorAll("#queries button"))
       button.setAttribute("aria-selected", String(Number(button.dataset.query) === query));
-    const { name, before, after } = about.queries[query];
+    const { name, before, after, validation } = about.queries[query];
     byId("question").textContent = name;
     byId("change").textContent =
       before === null || after === null ? "" : `\u03a6 ${number(before)} before fine-tuning, ${number(after)} after`;
     const scores = await scoresOf(query), order = await orderOf(query);
     histogram(scores, order);
     totals = sums(scores, order);
+    scatter(validation);
     predict();
     return show();
   }

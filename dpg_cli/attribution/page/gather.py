@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpg_cli.attribution.page.fold import folded
-from dpg_cli.attribution.reading import read_scores
+from dpg_cli.attribution.reading import place_of_validation, read_scores
 from dpg_cli.report.samples import extreme, shade
 
 SHOWN = 4000  # rows with their tokens, of all queries together
@@ -26,12 +26,14 @@ class Query:
         name: in words.
         before, after: Φ before and after fine-tuning; None where the record does not say.
         tokens: of the rows at both ends of its ranking: pieces of text with their scores and shades.
+        validation: what retraining said of its scores, see `attribution/validation.py`; None where it was not asked.
     """
 
     name: str
     before: float | None
     after: float | None
     tokens: dict[int, list[tuple[str, float, int]]]
+    validation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Facts:
         scores_Q_N: ∂Φ/∂w of each row.
         texts: what is trained on.
         stands_N: the row that stands for each, see `folded`.
+        remedy: what a validation that found the scores wanting says to do; else empty.
         selections: data that was made by these scores: name, rows, what was predicted of it and what came.
     """
 
@@ -57,6 +60,7 @@ class Facts:
     texts: list[str]
     stands_N: np.ndarray
     selections: list[dict[str, Any]]
+    remedy: str
 
 
 def gather(path: Path) -> Facts:
@@ -78,11 +82,32 @@ def gather(path: Path) -> Facts:
                 pieces[query][row] = list(zip(words[row], scores_S, strict=False))
     texts = [cut(text) for text in table.texts]
     stands_N = folded(texts, {row for rows in ends for row in rows})
+    judged, remedy = validation(path)
     queries = [
-        Query(query.name, query.before, query.after, shaded(own))
+        Query(query.name, query.before, query.after, shaded(own), judged.get(query.name))
         for query, own in zip(table.queries, pieces, strict=True)
     ]
-    return Facts(path, table.record, queries, table.ids_N, table.scores_Q_N, texts, stands_N, selections(path))
+    return Facts(path, table.record, queries, table.ids_N, table.scores_Q_N, texts, stands_N, selections(path), remedy)
+
+
+def validation(scores: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """What retraining said of each query's scores, and the remedy; nothing where it was not asked, or of older scores."""
+    place = place_of_validation(scores)
+    try:
+        if place.stat().st_mtime < scores.stat().st_mtime:
+            return {}, ""
+        found = json.loads(place.read_text(encoding="utf-8"))
+        known = {
+            score["query"]: {
+                **{key: float(score[key]) for key in ("lds", "low", "high", "slope")},
+                "share": float(found["share"]),
+                "points": [[float(x), float(y)] for x, y in zip(score["predicted"], score["measured"], strict=True)],
+            }
+            for score in found["scores"]
+        }
+        return known, str(found["remedy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, ""
 
 
 def selections(scores: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,8 @@ def render(facts: Facts, place: Path) -> str:
         facts=made(facts),
         notes=[str(note) for note in facts.record.get("notes") or []],
         selections=facts.selections,
+        remedy=facts.remedy,
+        validated=any(query.validation for query in facts.queries),
         select=f"dpg select {pasted(facts.path)} --drop 50",
         blocks=list(blocks(facts, place)),
         style=Markup(style),
@@ -125,7 +127,8 @@ def source(facts: Facts, place: Path) -> dict[str, Any]:
 
 
 def _query(query: Query) -> dict[str, Any]:
-    return {"name": visible(query.name), "before": query.before, "after": query.after}
+    shown = {"name": visible(query.name), "before": query.before, "after": query.after}
+    return {**shown, "validation": query.validation}
 
 
 def _tokens(query: Query) -> dict[str, Any]:

@@ -73,6 +73,15 @@ def attribute(
     out: Annotated[
         Path, typer.Option(help="Where the scores go: a name that ends in .parquet, .jsonl, .csv or .safetensors.")
     ] = Path("scores.parquet"),
+    validate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Can the scores be trusted? Retrain so many times without a random part of the data, and compare with what they "
+            "predict. Scores of the same command are used again; an interrupted validation goes on.",
+        ),
+    ] = 0,
+    leave_out: Annotated[float, typer.Option(help="The share of the examples that each of these leaves out.")] = 0.1,
     report: Annotated[
         bool,
         typer.Option("--report", help="Also write the scores as a page to look at, beside them with the ending .html."),
@@ -174,12 +183,16 @@ def attribute(
         dpg attribute sft.jsonl --target ./model --eval-text heldout.jsonl --recipe sft_config.yaml
 
         dpg attribute sft.jsonl --target ./model --query questions.jsonl --memory sqrt --top 10
+
+        dpg attribute sft.jsonl --target ./model --eval-text heldout.jsonl --validate 40 --report
     """
     from dpg_cli.attribution.attribute import Request
     from dpg_cli.attribution.attribute import attribute as run_attribution
     from dpg_cli.attribution.outcome import as_json
     from dpg_cli.attribution.pace import Pace
     from dpg_cli.attribution.page import write_page
+    from dpg_cli.attribution.validation import Wish, made_alike
+    from dpg_cli.attribution.validation import validate as run_validation
     from dpg_cli.attribution.work import work_folder
     from dpg_cli.recipes import read_recipe
 
@@ -235,6 +248,9 @@ def attribute(
     if show:
         show_rows(config, request, show)
         return
+    if validate and not 0 < leave_out < 1:
+        raise UsageError(f"--leave-out {leave_out:g} is no share of the examples.", "Give 0.1, for example.")
+    known = bool(validate) and not overwrite and made_alike(config, request)
     states = config.inner.states
     pace = Pace(states, min(at_once or len(asked), len(asked)) or 1, adapters=config.lora.rank > 0)
     with (
@@ -244,19 +260,22 @@ def attribute(
         if understood is not None:
             for line in understood.text().splitlines():
                 display.note(line)
-        result = run_attribution(
-            config, request, on_stage=display.stage, on_note=display.note, on_progress=display.progress
-        )
+        told = {"on_stage": display.stage, "on_note": display.note, "on_progress": display.progress}
+        result = None if known else run_attribution(config, request, **told)  # type: ignore[arg-type]
+        verdict = run_validation(config, request, Wish(validate, leave_out), **told) if validate else None  # type: ignore[arg-type]
     page = write_page(out) if report else None
     if as_json_:
-        pages = {} if page is None else {"report": str(page)}
-        typer.echo(
-            json.dumps({"scores": str(out), **pages, **as_json(result)}, indent=2, ensure_ascii=not shows_unicode())
-        )
-    else:
+        found: dict[str, Any] = {} if page is None else {"report": str(page)}
+        found |= {} if verdict is None else {"validation": verdict.as_dict()}
+        found |= {} if result is None else as_json(result)
+        typer.echo(json.dumps({"scores": str(out), **found}, indent=2, ensure_ascii=not shows_unicode()))
+        return
+    if result is not None:
         show_result(result, out)
-        if page is not None:
-            typer.echo(f"The page: {page}")
+    for line in [] if verdict is None else verdict.lines():
+        typer.echo(line)
+    if page is not None:
+        typer.echo(f"The page: {page}")
 
 
 def _check_page(out: Path, overwrite: bool) -> None:
