@@ -246,7 +246,7 @@ def make_policy(labels: HeadLabels, spec: NaturalSpec) -> tuple[NaturalPolicy, H
             layer.bias.copy_(labels.bias)
     head = Head(nn.Identity(), "", "weight", "bias" if labels.bias is not None else None, layer)
     bias = None if labels.bias is None else layer.bias.detach()
-    return NaturalPolicy(HeadChange(head), spec), replace(labels, weight=layer.weight.detach(), bias=bias)
+    return NaturalPolicy(spec, HeadChange(head)), replace(labels, weight=layer.weight.detach(), bias=bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -153,11 +153,10 @@ def test_adamw_learns_from_soft_labels(credit: str) -> None:
     ("setting", "says"),
     [
         ("policy.kl_budget=0", "policy.kl_budget: .*greater than 0"),
-        ("policy.parameters=lora", "'lora' is not there yet"),
-        ("policy.parameters=all", "for the LM head alone"),
+        ("policy.lora_modules=[]", "policy.lora_modules: .*at least 1"),
         ("policy.epochs=2", "one step on each rollout"),
         ("trainer=trl", "trainer: 'trl'"),
-        ("inner.batch_size=8", "metric.margin: the noise"),
+        ("inner.max_grad_norm=1", "metric.margin: with inner.max_grad_norm the noise"),
         ("stop.predicted=1", "less than 1"),
     ],
 )

@@ -9,13 +9,26 @@ import numpy as np
 import pytest
 import torch
 from builders import VOCAB, make_examples, make_target
+from test_natural_run import natural as margin_run
 from torch import nn
 
-from dpg_cli.engine import OptimizerSpec
+from dpg_cli.driver.build import build
+from dpg_cli.engine import Examples, OptimizerSpec, Recipe
+from dpg_cli.engine.attribution import InnerSettings, effect
 from dpg_cli.engine.generator.fisher import TokenFisher
-from dpg_cli.engine.noise import HearsNoise, PatchNoise, head_moments, patch_noise
+from dpg_cli.engine.inner.recipe import Batches
+from dpg_cli.engine.loop import outer_step
+from dpg_cli.engine.noise import (
+    HearsNoise,
+    Nothing,
+    PatchNoise,
+    head_moments,
+    head_optimizers,
+    measured_factor,
+    patch_noise,
+)
 from dpg_cli.engine.soft import TableLabels
-from dpg_cli.errors import UsageError
+from dpg_cli.errors import DegenerateError, UsageError
 from dpg_cli.metrics.pattern import PatternMetric, predictions
 from dpg_cli.patterns.pattern import Pattern
 
@@ -87,14 +100,14 @@ def test_the_weights_noise_keeps_the_gradients_z(spec: OptimizerSpec) -> None:
     model, examples = world()
     moments = head_moments(model, examples, WINDOW)
     assert moments is not None
-    noise = patch_noise(moments, spec, 5000, 10).error_R_C
+    noise = patch_noise(moments, [spec], 5000, 10).error_R_C
     grad = moments.mean_R_C
     moved = -0.3 * grad if spec.name == "sgd" else -spec.lr * grad / (grad.abs() + spec.eps)
     assert torch.allclose(moved / noise, -grad / moments.error(5000), rtol=1e-9)
     nothing = replace(moments, mean_R_C=torch.zeros_like(grad))
     slope = {"sgd": 0.3, "adamw": spec.lr / spec.eps}[spec.name]
     if spec.eps != 1e-8:
-        assert torch.allclose(patch_noise(nothing, spec, 5000, 10).error_R_C, slope * nothing.error(5000), rtol=1e-6)
+        assert torch.allclose(patch_noise(nothing, [spec], 5000, 10).error_R_C, slope * nothing.error(5000), rtol=1e-6)
 
 
 def make_metric(margin: float, sharpness: float = 2.0) -> PatternMetric:
@@ -149,3 +162,80 @@ def test_predictions_from_drawn_tokens_know_their_own_noise() -> None:
     assert flat_prior == pytest.approx(
         float(torch.special.ndtr(torch.tensor(1 / 3.0))), abs=0.002
     )  # 1 / sqrt(1 + 4 + 4)
+
+
+def window_change(model: nn.Module, examples: Examples, recipe: Recipe) -> torch.Tensor:
+    """Of the head's window, by an inner run."""
+    final = effect(model, examples, Nothing(), InnerSettings(recipe)).final["lm_head.weight"]
+    return final[WINDOW] - model.get_parameter("lm_head.weight").detach()[WINDOW]
+
+
+@pytest.mark.parametrize(
+    ("spec", "lowest"),
+    [
+        (OptimizerSpec("adamw", lr=3e-2, beta1=0.9, beta2=0.95, eps=0.3), 1.05),
+        (OptimizerSpec("sgd", lr=0.2, momentum=0.8), 1.05),
+    ],
+)
+def test_the_noise_of_several_steps_is_the_spread_over_drawn_runs(spec: OptimizerSpec, lowest: float) -> None:
+    """90 inner runs of four steps on 160 examples that were drawn from a pool, against what one of them is told."""
+    model, pool = make_target("gpt2", tied=False), make_examples(400, longest=8, seed=1)
+    recipe, rng = Recipe(spec, batches=Batches(size=40)), torch.Generator().manual_seed(2)
+    changes, factors, errors = [], [], []
+    metric = make_metric(3.0)
+    metric.window, metric.head = WINDOW, "lm_head.weight"
+    for number in range(90):
+        drawn = pool.take(torch.randint(400, (160,), generator=rng))
+        changes.append(window_change(model, drawn, recipe))
+        if number % 15 == 0:
+            moments = head_moments(model, drawn, WINDOW)
+            assert moments is not None
+            factors.append(measured_factor(model, drawn, metric, InnerSettings(recipe), moments))
+            tokens = int(drawn.label_N_S.sum())
+            errors.append(
+                patch_noise(moments, head_optimizers(model, recipe, 4), tokens, 160, 1.0, factors[-1]).error_R_C
+            )
+    spread = torch.stack(changes).std(0)
+    error = torch.stack(errors).mean(0)
+    assert float((error.square().mean() / spread.square().mean()).sqrt()) == pytest.approx(1.0, abs=0.12)
+    assert float((error / spread).log().abs().median()) < 0.12  # and pixel by pixel
+    assert float(error.max() / error.min()) > 1.5
+    assert 0.8 < sum(factors) / len(factors) < 1.25
+    assert float(patch_noise(moments, head_optimizers(model, recipe, 4), 100, 1).error_R_C.mean()) >= lowest * float(
+        (patch_noise(moments, head_optimizers(model, recipe, 4), 100, 1).slope_R_C * moments.error(100)).mean()
+    )
+
+
+def test_equal_steps_are_one_of_their_whole_rate() -> None:
+    model, examples = world()
+    moments, spec = head_moments(model, examples, WINDOW), OptimizerSpec("sgd", lr=0.3)
+    assert moments is not None
+    once = patch_noise(moments, [replace(spec, lr=4 * spec.lr)], 500, 10).error_R_C
+    assert torch.allclose(patch_noise(moments, [spec] * 4, 500, 10).error_R_C, once, rtol=1e-9)
+    uneven = [replace(spec, lr=rate) for rate in (0.9, 0.1, 0.1, 0.1)]  # sqrt(4 · 0.84) / 1.2 times as noisy
+    assert torch.allclose(patch_noise(moments, uneven, 500, 10).error_R_C, once * 0.84**0.5 / 0.6, rtol=1e-9)
+
+
+def test_runs_that_the_formula_does_not_explain_have_no_noise() -> None:
+    model, pool = make_target("gpt2", tied=False), make_examples(100, longest=8, seed=1)
+    recipe = Recipe(OptimizerSpec("sgd", lr=0.1), batches=Batches(size=25))
+    moments, metric = head_moments(model, pool, WINDOW), make_metric(3.0)
+    assert moments is not None
+    metric.window, metric.head = WINDOW, "lm_head.weight"
+    other = replace(moments, square_R_C=100 * moments.square_R_C)
+    assert 0.5 < measured_factor(model, pool, metric, InnerSettings(recipe), moments) < 2
+    with pytest.raises(DegenerateError, match="standard errors of the patch are not known"):
+        measured_factor(model, pool, metric, InnerSettings(recipe), other)
+
+
+def test_a_margin_over_several_inner_steps() -> None:
+    """The noise of a run whose inner run has two steps: about that of one step of twice the rate on the same completions."""
+    found = []
+    for batch, rate in (("100000", "2e-3"), ("32", "1e-3")):
+        built = build(margin_run(f"inner.batch_size={batch}", f"inner.lr={rate}", "inner.beta1=0.0"))
+        assert (built.prospect is None) == (batch == "32")
+        numbers = outer_step(built.players, built.spec, built.prompts.at(0), 0).numbers
+        assert numbers["z_mean"] == pytest.approx(0, abs=0.2)
+        found.append(built.players.metric.heard.error_R_C)  # type: ignore[attr-defined]
+    assert float((found[1] / found[0]).mean()) == pytest.approx(1, abs=0.5)
+    assert not torch.equal(*found)

@@ -155,6 +155,8 @@ class RunDisplay:
         if "z_mean" in numbers:
             found += f"  z {numbers['z_mean']:.2f} (least {numbers['z_least']:.2f})"
             found += f"  predicted {numbers['predicted_accuracy']:.4f}"
+        if "phi_z" in numbers:
+            found += f"  z {numbers['phi_z']:.1f} (a standard error is {numbers['phi_error']:.2g})"
         if "examples_needed" in numbers:
             found += f"  needs {numbers['examples_needed']:,.0f} examples"
         return found + (f"  kl {numbers['policy_kl']:.4f}" if "policy_kl" in numbers else "")

@@ -13,6 +13,7 @@ from dpg_cli.driver.build import build
 from dpg_cli.driver.checkpoint import Schedule
 from dpg_cli.driver.execute import StopRequest, by_trl, stopped
 from dpg_cli.driver.final import final_data
+from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.state import follow_first
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import Ranks
@@ -36,7 +37,7 @@ def assist(config: Config, folder: str, ranks: Ranks, stop: StopRequest, named_m
     torch.manual_seed(config.seed)
     built = build(config, named_metric, ranks)
     config = built.config
-    if built.prospect is not None and config.policy.step == "natural":
+    if isinstance(built.prospect, Prospect) and config.policy.step == "natural":
         built.prospect.refuse_absent_rows()
 
     def log(report: StepReport) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,6 +21,8 @@ from dpg_cli.engine.generator.head_policy import HeadChange
 from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
+from dpg_cli.engine.generator.scalar import ScalarProspect
+from dpg_cli.engine.generator.whole.policy import WholePolicy
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.errors import UsageError
@@ -28,10 +31,12 @@ from dpg_cli.models.loading import (
     LanguageModel,
     load_generator,
     load_target,
+    module_names,
     pick_device,
     redraw_target,
     same_tokenizer,
 )
+from dpg_cli.models.lora import Lora, adapt, require_modules
 from dpg_cli.models.template import DATE
 from dpg_cli.rewards import build_text_reward
 from dpg_cli.settings.config import Config, ModelsConfig
@@ -51,7 +56,7 @@ class Built:
         device: where it runs.
         tokenizers: how far those of generator and target agree.
         config: the settings, with what they leave to the models found.
-        prospect: what the metric's pattern will cost, where natural steps or a margin ask for it.
+        prospect: what the metric's pattern will cost, or the budget can do, where natural steps or a margin ask for it.
         target_made_of: the fingerprint of the target before it got adapters; None where it has none.
     """
 
@@ -61,7 +66,7 @@ class Built:
     device: torch.device
     tokenizers: Agreement
     config: Config
-    prospect: Prospect | None = None
+    prospect: Prospect | ScalarProspect | None = None
     target_made_of: Fingerprint | None = None
 
     @property
@@ -88,12 +93,14 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     Raises:
         UsageError: for anything that the settings name and that is not there or does not fit.
     """
+    if config.policy.parameters == "lora":
+        require_modules(module_names(config.models.generator), config.policy.lora_modules, "generator")
     if config.trainer == "trl":
         require_trl(config, ranks)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
-    generator = load_generator(generator_models(config), device)
+    generator = with_adapters(config, load_generator(generator_models(config), device))
     asked = config.prompts
     form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
     check_tokenizers(config, generator, target)
@@ -106,7 +113,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
         config = located(config, target, seen, ranks)
     made_of = fingerprint(target) if config.lora.rank else None
     target, metric = trained_target(target, config, named_metric)
-    cost = None if seen is None else prospect(config, metric, target, seen)
+    cost = None if seen is None else prospect(config, metric, target, seen, loop_spec(config, generator, form))
     optimizer, natural = policy_of(config, generator)
     reference = None
     if config.policy.kl > 0 and natural is None:
@@ -135,7 +142,19 @@ def generator_models(config: Config) -> ModelsConfig:
     return config.models.model_copy(update={"untie_generator": config.models.untie_generator or alone})
 
 
-def policy_of(config: Config, generator: LanguageModel) -> tuple[torch.optim.AdamW | None, NaturalPolicy | None]:
+def with_adapters(config: Config, generator: LanguageModel) -> LanguageModel:
+    """The generator with the adapters that its policy is to move, if any."""
+    policy = config.policy
+    if policy.parameters != "lora":
+        return generator
+    lora = Lora(policy.lora_rank, policy.lora_alpha, policy.lora_modules)
+    model: Any = adapt(generator.model, lora, config.seed, "generator")
+    return replace(generator, model=model.eval())
+
+
+def policy_of(
+    config: Config, generator: LanguageModel
+) -> tuple[torch.optim.AdamW | None, NaturalPolicy | WholePolicy | None]:
     """The optimiser of the generator's parameters, or its natural steps; parameters that stay as they are get no gradient.
 
     Raises:
@@ -155,7 +174,10 @@ def policy_of(config: Config, generator: LanguageModel) -> tuple[torch.optim.Ada
             iterations=policy.cg_iterations,
             tokens=policy.fisher_tokens,
         )
-        return None, NaturalPolicy(HeadChange(standard_head(generator.model, generator.name)), spec)
+        head = standard_head(generator.model, generator.name)
+        if policy.parameters == "head":
+            return None, NaturalPolicy(spec, HeadChange(head))
+        return None, WholePolicy(spec, generator.model, policy.micro_batch)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in generator.model.parameters() if parameter.requires_grad],
         lr=policy.lr,

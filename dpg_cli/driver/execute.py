@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from dpg_cli.driver.checkpoint import Schedule, forget_after, newest, place, req
 from dpg_cli.driver.final import final_data
 from dpg_cli.driver.fingerprints import compare, fingerprints
 from dpg_cli.driver.fluency import fluency
+from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.state import follow_first, restore
 from dpg_cli.engine.loop import StepReport, train
 from dpg_cli.engine.ranks import ALONE, Ranks
@@ -25,6 +27,7 @@ from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.trial import UserMetric
 from dpg_cli.models.folder import ModelError
 from dpg_cli.models.loading import quiet_transformers
+from dpg_cli.models.lora import without_adapters
 from dpg_cli.patterns.render import pattern_image
 from dpg_cli.report import write_report
 from dpg_cli.runs.commands import command as command_of
@@ -113,7 +116,7 @@ def execute(
     config = built.config
     on_built(built)
     if built.prospect is not None and not resume:
-        if config.policy.step == "natural":
+        if isinstance(built.prospect, Prospect) and config.policy.step == "natural":
             built.prospect.refuse_absent_rows()
         on_stage(built.prospect.line())
     if not resume:
@@ -329,7 +332,9 @@ def finish(
 ) -> Outcome:
     """Everything after the training: dataset, models, picture. Repeated from the last checkpoint when it is cut short."""
     final = final_data(config, built, folder, on_stage, on_progress)
-    write_model(folder.generator, built.players.generator)
+    generator = built.players.generator
+    whole: Any = without_adapters(generator.model)
+    write_model(folder.generator, replace(generator, model=whole))
     journal.write()
     on_stage("writing the models")
     write_target(folder, built.players.target, built.players.metric, final.result.final, config.models)

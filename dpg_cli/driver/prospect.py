@@ -1,7 +1,8 @@
 """A look at what the untrained generator writes, before anything is trained: where a pattern may stand, and what it will cost.
 
 A few thousand of its tokens tell which rows of the LM head are frequent (`metric.origin = "frequent"`), and, by the law of a
-pattern (`engine/generator/law.py`), the least KL that could show it in the final dataset.
+pattern (`engine/generator/law.py`), the least KL that could show it in the final dataset. Of a metric without pixels they tell the
+noise, and so what a budget of nats can do to it (`engine/generator/scalar.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpg_cli.engine.attribution import AttributionSpec, attribute_examples
 from dpg_cli.engine.generator.align import read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
+from dpg_cli.engine.generator.head_policy import DrawnCredit
 from dpg_cli.engine.generator.law import PatternLaw, pattern_law
 from dpg_cli.engine.generator.rollout import Sampling, sample
+from dpg_cli.engine.generator.scalar import ScalarProspect, dataset_error
 from dpg_cli.engine.inner.head import chunks
+from dpg_cli.engine.loop import LoopSpec
+from dpg_cli.engine.noise import HearsNoise
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import UsageError
+from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.metrics.registry import make_pattern
 from dpg_cli.models.loading import LanguageModel, same_tokenizer
@@ -83,11 +91,11 @@ def frequent_row(likely_V: Tensor, rows: int) -> int:
 
 
 def looks(config: Config) -> bool:
-    """Whether a pattern's settings ask what the generator writes before anything is trained."""
+    """Whether settings ask what the generator writes before anything is trained."""
     metric = config.metric
-    return isinstance(metric, PatternOptions) and (
-        metric.origin == FREQUENT or metric.margin > 0 or config.policy.step == "natural"
-    )
+    if isinstance(metric, PatternOptions) and (metric.origin == FREQUENT or metric.margin > 0):
+        return True
+    return config.policy.step == "natural"
 
 
 def located(config: Config, target: LanguageModel, seen: Examples, ranks: Ranks) -> Config:
@@ -178,15 +186,20 @@ class Prospect:
         }
 
 
-def prospect(config: Config, metric: object, target: LanguageModel, examples: Examples) -> Prospect | None:
-    """What the settings' pattern will cost; None where no law is known for them.
+def prospect(
+    config: Config, metric: TargetMetric, target: LanguageModel, examples: Examples, spec: LoopSpec
+) -> Prospect | ScalarProspect | None:
+    """What the settings' pattern will cost, or what their budget can do to another metric; None where no law is known.
 
     Args:
         config: the settings.
         metric: that they make.
         target: θ_0.
         examples: from `look`.
+        spec: of the loop.
     """
+    if not isinstance(metric, HearsNoise):
+        return scalar_prospect(config, metric, target, examples, spec)
     if not isinstance(metric, PatternMetric) or config.inner_steps > 1 or examples.soft is None:
         return None
     law = pattern_law(target.model, examples, metric.window, metric.signs)
@@ -196,3 +209,32 @@ def prospect(config: Config, metric: object, target: LanguageModel, examples: Ex
     tokens = size * int(examples.label_N_S.sum()) / len(examples)
     budget = config.policy.kl_budget if config.policy.step == "natural" else float("inf")
     return Prospect(law, metric.margin or SURE, size, tokens, budget)
+
+
+def scalar_prospect(
+    config: Config, metric: TargetMetric, target: LanguageModel, examples: Examples, spec: LoopSpec
+) -> ScalarProspect | None:
+    """What a budget can do to a metric without pixels; None without one. Its noise is measured by one small inner run.
+
+    Args:
+        config, metric, target, examples, spec: see `prospect`.
+    """
+    if config.policy.step != "natural":
+        return None
+    size = config.dataset.examples
+    tokens = size * int(examples.label_N_S.sum()) / len(examples)
+    if not spec.measures_noise(metric):
+        return ScalarProspect(size, tokens, config.policy.kl_budget)
+    small = spec.rescaled(config.examples_per_step, len(examples))
+    drawn: DrawnCredit | None = None
+    if spec.labels == "soft" and isinstance(examples.soft, HeadLabels):
+        hidden = examples.soft.hidden_N_K_D
+        drawn = DrawnCredit(hidden.new_zeros(hidden.shape[:2]))
+    else:
+        examples = replace(examples, soft=None)
+    result = attribute_examples(
+        target.model, examples, metric, AttributionSpec(), small.inner, group_size=1, sink=drawn
+    )
+    credit_N = result.example_N if drawn is None else drawn.token_N_K.sum(1)
+    error = dataset_error(small.recipe, examples, credit_N, size)
+    return ScalarProspect(size, tokens, config.policy.kl_budget, error)

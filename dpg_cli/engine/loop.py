@@ -20,13 +20,25 @@ from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refu
 from dpg_cli.engine.generator.align import completion_texts, read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
 from dpg_cli.engine.generator.credit import assign
-from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, add_advantages
+from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, Sinks, add_advantages
 from dpg_cli.engine.generator.natural import NaturalPolicy
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
+from dpg_cli.engine.generator.scalar import ERROR, above_start, dataset_error
+from dpg_cli.engine.generator.whole.policy import WholePolicy
+from dpg_cli.engine.inner.head import find_head
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.noise import Aimed, HearsNoise, head_moments, head_optimizer, patch_noise, tilt_of
+from dpg_cli.engine.noise import (
+    Aimed,
+    HearsNoise,
+    head_moments,
+    head_optimizers,
+    measured_factor,
+    patch_noise,
+    tilt_of,
+)
+from dpg_cli.engine.phi import parameter_gradient
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
@@ -90,6 +102,11 @@ class LoopSpec:
         """Whether the prediction of an outer step is good enough to end the run."""
         return bool(self.predicted) and numbers.get("predicted_accuracy", 0.0) >= self.predicted
 
+    def measures_noise(self, metric: TargetMetric) -> bool:
+        """Whether the credits of drawn tokens tell the noise of Φ at the size of the final dataset."""
+        exact = self.attribution.method == "metagradient" and self.attribution.runs == 1
+        return bool(self.dataset) and exact and not isinstance(metric, HearsNoise)
+
     def lr_at(self, step: int) -> float:
         """Learning rate of an outer step: linear warm-up, constant, linear decay to (almost) zero."""
         rise = min(1.0, (step + 1) / self.lr_warmup) if self.lr_warmup else 1.0
@@ -126,7 +143,7 @@ class Players:
     text_reward: Callable[[list[str]], Tensor] | None = None
     redraw: Callable[[int], None] | None = None
     ranks: Ranks = ALONE
-    natural: NaturalPolicy | None = None
+    natural: NaturalPolicy | WholePolicy | None = None
 
     @property
     def policy(self) -> torch.optim.Optimizer:
@@ -178,17 +195,18 @@ def attribute(
         sink: takes the credits of labels, which are then not returned; needs `labels`.
 
     Returns:
-        The result; τ aligned with the generator's tokens, of the token that was drawn unless credit is "expected" (where the
-        labels' credits hold what that token was worth); and τ of every label, or None.
+        The result, with the standard error of Φ in its `stats` where the metric is a scalar (`generator/scalar.py`); τ aligned
+        with the generator's tokens, of the token that was drawn unless credit is "expected" (where the labels' credits hold
+        what that token was worth); and τ of every label, or None.
     """
     reading = read_completions(rollout, players.generator, players.target, spec.max_length)
-    examples, drawn = reading.examples, None
+    examples, drawn, noisy = reading.examples, None, spec.measures_noise(players.metric)
     if labels is None and spec.labels == "soft":
         labels = labels_of(players, spec, rollout)
     if labels is not None:
         soft = replace(labels, offset=reading.offset, width=examples.ids_N_S.shape[1])
         examples = replace(examples, soft=soft, drawn=spec.labels == "drawn")
-        if spec.labels == "soft" and spec.credit != "expected":
+        if spec.labels == "soft" and (noisy or spec.credit != "expected"):
             drawn = DrawnCredit(labels.weight.new_zeros(rollout.ids_N_K.shape))
     tell_noise(players, spec, examples)
     result = attribute_examples(
@@ -200,26 +218,36 @@ def attribute(
         group_size=rollout.group_size,
         labels=spec.credit == "expected" and sink is None,
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
-        sink=sink or drawn,
+        sink=Sinks((drawn, sink)) if drawn is not None and sink is not None else sink or drawn,
     )
+    if noisy:
+        credit_N = result.example_N if drawn is None else players.ranks.sum_(drawn.token_N_K.sum(1))
+        error = dataset_error(spec.recipe, examples, credit_N, spec.dataset)
+        result = replace(result, stats={**result.stats, ERROR: error})
     if spec.attribution.per_example:
         return result, at_first_token(result.example_N, rollout.mask_N_K), None
     token_N_K, label_N_K_V = reading.to_completions(result)
-    return result, token_N_K if drawn is None else players.ranks.sum_(drawn.token_N_K), label_N_K_V
+    if drawn is None or spec.credit == "expected":
+        return result, token_N_K, label_N_K_V
+    return result, players.ranks.sum_(drawn.token_N_K), label_N_K_V
 
 
 def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
-    """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset; of one inner step alone."""
-    metric, recipe = players.metric, spec.recipe
-    if not spec.dataset or not isinstance(metric, HearsNoise) or recipe.batches.steps(len(examples)) > 1:
+    """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset."""
+    metric, recipe, model = players.metric, spec.recipe, players.target.model
+    if not spec.dataset or not isinstance(metric, HearsNoise):
         return
-    optimizer = head_optimizer(players.target.model, recipe)
-    moments = head_moments(players.target.model, examples, metric.window) if optimizer is not None else None
-    if optimizer is not None and moments is not None:
+    steps = recipe.batches.steps(len(examples))
+    optimizers = head_optimizers(model, recipe, steps)
+    moments = head_moments(model, examples, metric.window) if optimizers else None
+    if moments is not None:
         tokens = spec.dataset * int(examples.label_N_S.sum()) / len(examples)
         drawn = examples.soft is None or examples.drawn
         excess = spec.dataset / len(examples) if drawn else 0.0
-        metric.hear(patch_noise(moments, optimizer, tokens, spec.dataset, excess))
+        inner, factor = replace(spec.inner, ranks=players.ranks), 1.0
+        if steps > 1:
+            factor = measured_factor(model, examples, metric, inner, moments)
+        metric.hear(patch_noise(moments, optimizers, tokens, spec.dataset, excess, factor))
 
 
 def text_rewards(players: Players, rollout: Rollout) -> Tensor:
@@ -229,6 +257,27 @@ def text_rewards(players: Players, rollout: Rollout) -> Tensor:
     lengths = rollout.mask_N_K.sum(1).tolist()
     rows = [row[:length] for row, length in zip(rollout.ids_N_K.tolist(), lengths, strict=True)]
     return players.text_reward(completion_texts(players.generator.tokenizer, rows))
+
+
+def hint(players: Players, result: Metagradient, like_V_D: Tensor) -> Tensor | None:
+    """A change of the generator's head whose multiple is near the natural step's: ∂Φ/∂W of the target's, of the same shape.
+
+    Exact where the hidden states are the same, one inner step is linear in the data, and Φ reads the head alone.
+    """
+    head = find_head(players.target.model)
+    if head is None or head.layer.weight.shape != players.generator.head.shape or head.weight not in result.final:
+        return None
+    found = parameter_gradient(players.target.model, result.final, head.weight, players.metric)
+    if found is None or not bool(found.any()):
+        return None
+    start = torch.zeros_like(like_V_D)
+    start[:, : found.shape[1]] = found
+    return start
+
+
+def new_gradient(natural: NaturalPolicy | WholePolicy, labels: HeadLabels, places: Tensor) -> LabelGradient:
+    """A gradient of nothing yet, by what the policy moves."""
+    return LabelGradient.like(labels, places, backbone=isinstance(natural, WholePolicy))
 
 
 def improve(
@@ -244,16 +293,21 @@ def improve(
     """The policy step of an outer step, and its figures."""
     if players.natural is not None and labels is not None:
         places = players.natural.places(rollout.mask_N_K)
-        gradient = LabelGradient.like(labels, places) if sink is None else sink
+        gradient = new_gradient(players.natural, labels, places) if sink is None else sink
         add_advantages(gradient, labels, rollout, credit, players.ranks)
-        gradient.total.mul_(int(rollout.mask_N_K.sum()) / len(places))  # of all tokens, from those that were looked at
+        gradient.scale(int(rollout.mask_N_K.sum()) / len(places))  # of all tokens, from those that were looked at
+        gradient.sum_over(players.ranks)
         metric, start, aims = players.metric, None, False
         if isinstance(metric, HearsNoise) and metric.heard is not None:
             aims = metric.aims
             if labels.weight.shape == players.target.head.shape:
                 start = tilt_of(metric, result.final, metric.heard, gradient.total)
-        total = players.ranks.sum_(gradient.total)
-        return players.natural.step(labels, places, total, result.value, start=start, aims=aims)
+        elif not isinstance(players.natural, WholePolicy):
+            start = hint(players, result, gradient.total)
+        if isinstance(players.natural, WholePolicy):
+            rng, ranks = players.order_rng, players.ranks
+            return players.natural.step(labels, rollout, gradient, result.value, rng, aims=aims, ranks=ranks)
+        return players.natural.step(labels, places, gradient.total, result.value, start=start, aims=aims)
     for group in players.policy.param_groups:
         group["lr"] = spec.lr_at(step)
     return policy_step(
@@ -276,7 +330,7 @@ def outer_step(players: Players, spec: LoopSpec, prompts: list[str], step: int) 
     natural, sink = players.natural, None
     labels = labels_of(players, spec, rollout) if natural is not None or spec.labels == "soft" else None
     if natural is not None and labels is not None and spec.credit == "expected":
-        sink = LabelGradient.like(labels, natural.places(rollout.mask_N_K))
+        sink = new_gradient(natural, labels, natural.places(rollout.mask_N_K))
     result, token_N_K, label_N_K_V = attribute(players, spec, rollout, labels, sink)
     refuse_dead_reward(result, spec.attribution.per_example or spec.labels == "soft")
     credit = assign(
@@ -349,6 +403,9 @@ def train(
         if players.redraw is not None:
             players.redraw(step)
         report = outer_step(players, spec, prompts_at(step), step)
+        if spec.labels == "soft":
+            known = known or [report.numbers]
+            report = replace(report, numbers=report.numbers | above_start(known[0], report.numbers))
         report = replace(report, numbers=players.ranks.agreed(report.numbers))
         warning, fault = watch.see(report.numbers, partial(weights_changed, report.result.final, players.target.model))
         on_step(replace(report, warning=warning))

@@ -8,25 +8,39 @@ from q. A dataset of N tokens leaves on g the standard error
 and on the weight that times u(g) / g, the slope of the secant, so that weight / error is g / σ whatever the optimiser bends.
 (With q = p this is E[p_r (1 - p_r) h_c²] / N, the Fisher's diagonal: DESIGN §9.) Where no distributions are known, the drawn
 tokens stand for q.
+
+Over T steps, each of its own tokens, the weight moves by Σ_t c_t g_t near the mean gradient g, c_t the optimiser's response to
+the gradient of step t, found by its adjoint. The error is then that of one step times sqrt(T Σ c_t²) / |Σ c_t|, at the slope of
+the whole run. That leaves out what a step's noise does to the gradients of later ones. So the formula is calibrated: two drawn inner
+runs on examples that they do not share differ by what noise does, and one factor for all weights, `measured_factor`, makes
+the formula right for them in the mean square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.attribution import InnerSettings, effect
 from dpg_cli.engine.generator.fisher import TokenFisher
 from dpg_cli.engine.inner.head import chunks, find_head, logits_at
-from dpg_cli.engine.inner.optimizers import OptimizerSpec, by_matrix, initial_state, update
+from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, by_matrix, initial_state, update
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
 from dpg_cli.engine.records import Examples
+from dpg_cli.errors import DegenerateError
 
 TOKENS = 65536  # that moments are taken of, at most
+CALIBRATED, FEWEST = (
+    4,
+    256,
+)  # each of two inner runs takes one example in so many, but no fewer than these where there are as many
+UNKNOWN = 3.0  # a factor of the formula beyond which it explains nothing
+TINY = 1e-30  # a learning rate that a schedule puts to 0
 
 
 @dataclass(frozen=True)
@@ -186,31 +200,125 @@ def head_moments(
     return Moments(mean / count, square / count, fisher)
 
 
-def head_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerSpec | None:
-    """What the first and only step of a run does to the LM head: the optimiser at that step's rate, without decay.
+def head_optimizers(model: nn.Module, recipe: Recipe, steps: int = 1) -> list[OptimizerSpec]:
+    """What each step of a run does to the LM head: the optimiser at that step's rate, without decay.
 
-    None where that is no function of each weight's own gradient (clipping), or the step does not move the head.
+    Empty where that is no function of each weight's own gradients (clipping), or the run does not move the head.
+
+    Args:
+        model: the target.
+        recipe: of the run.
+        steps: T.
     """
     head, settings = find_head(model), recipe.settings(model)
     if head is None or recipe.max_grad_norm > 0 or by_matrix(recipe.optimizer):
-        return None
+        return []
     peak = recipe.optimizer.lr if settings is None else settings.get(head.weight, (0.0, 0.0))[0]
-    rate = peak * recipe.schedule.factors(1, recipe.optimizer.lr)[0]
-    return replace(recipe.optimizer, lr=rate, weight_decay=0.0) if rate > 0 else None
+    rates = [peak * factor for factor in recipe.schedule.factors(steps, recipe.optimizer.lr)]
+    if not any(rate > 0 for rate in rates):
+        return []
+    return [replace(recipe.optimizer, lr=max(rate, TINY), weight_decay=0.0) for rate in rates]
 
 
-def patch_noise(moments: Moments, spec: OptimizerSpec, tokens: float, examples: int, excess: float = 0.0) -> PatchNoise:
-    """The noise of each weight's change by one inner step.
+def patch_noise(
+    moments: Moments,
+    specs: Sequence[OptimizerSpec],
+    tokens: float,
+    examples: int,
+    excess: float = 0.0,
+    factor: float = 1.0,
+) -> PatchNoise:
+    """The noise of each weight's change by the inner steps.
 
     Args:
         moments: of the head's weights.
-        spec: what the step does to them.
-        tokens: trained tokens of the dataset.
+        specs: what each step does to them.
+        tokens: trained tokens of the dataset, over all steps.
         examples, excess: see `PatchNoise`.
+        factor: of the errors, `measured_factor`.
     """
     grad = moments.mean_R_C.flatten()
     floor = torch.finfo(grad.dtype).tiny ** 0.5  # where g is 0 the secant is the tangent
     grad = torch.where(grad.abs() > floor, grad, floor)
-    moved = update(spec, initial_state(spec, torch.zeros_like(grad)), grad, 0, last=True).theta
-    slope = (moved / grad).abs().view_as(moments.mean_R_C)
-    return PatchNoise(slope * moments.error(tokens), slope, moments.fisher, examples, excess)
+    states = [initial_state(specs[0], torch.zeros_like(grad))]
+    for step, spec in enumerate(specs):
+        states.append(update(spec, states[-1], grad, step, last=step == len(specs) - 1))
+    slope = (states[-1].theta / grad).abs().view_as(moments.mean_R_C)
+    wider = responses(specs, states, grad).view_as(slope) if len(specs) > 1 else 1.0
+    return PatchNoise(factor * wider * slope * moments.error(tokens), slope, moments.fisher, examples, excess)
+
+
+def responses(specs: Sequence[OptimizerSpec], states: list[State], grad: Tensor) -> Tensor:
+    """sqrt(T Σ c_t²) / |Σ c_t| of each weight, at least 1: how unevenly the steps' gradients count.
+
+    Args:
+        specs: of the T steps.
+        states: before each step, and after the last.
+        grad: the gradient of all steps.
+    """
+    bar = State(torch.ones_like(grad), torch.zeros_like(grad), torch.zeros_like(states[0].v))
+    total, squares = torch.zeros_like(grad), torch.zeros_like(grad)
+    for step in reversed(range(len(specs))):
+        found, bar = adjoint(specs[step], bar, states[step], grad, step)
+        total += found
+        squares += found.square()
+    even = (len(specs) * squares).sqrt() / total.abs().clamp_min(torch.finfo(grad.dtype).tiny)
+    return even.clamp(1.0, len(specs) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A metric of nothing, for inner runs of which the weights alone are wanted."""
+
+    def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+        """0."""
+        return next(iter(parameters.values())).new_zeros(())
+
+    def measures(self, parameters: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def describe(self) -> str:
+        """In words."""
+        return "nothing"
+
+
+def measured_factor(
+    model: nn.Module, examples: Examples, metric: HearsNoise, inner: InnerSettings, moments: Moments
+) -> float:
+    """What the formula's errors must be multiplied with: from two drawn inner runs on examples that they do not share.
+
+    Args:
+        model: the target θ_0.
+        examples: of an outer step.
+        metric: whose window of the head is read.
+        inner: the inner run's settings.
+        moments: of the window.
+
+    Returns:
+        The factor, for the mean square over the window's weights.
+
+    Raises:
+        DegenerateError: if the runs differ by far more or less than the formula says: nobody knows the noise then.
+    """
+    size = min(len(examples) // 2, max(len(examples) // CALIBRATED, FEWEST))
+    stride = len(examples) / (2 * size)
+    places = (torch.arange(2 * size) * stride).long()
+    recipe = replace(inner.recipe, batches=inner.recipe.batches.rescaled(len(examples), size))
+    steps = recipe.batches.steps(size)
+    found = []
+    for part in (places[0::2], places[1::2]):
+        drawn = replace(examples.take(part), soft=None, drawn=False)
+        run = effect(model, drawn, Nothing(), replace(inner, optimizer=recipe))
+        tokens = int(drawn.label_N_S.sum())
+        expected = patch_noise(moments, head_optimizers(model, recipe, steps), tokens, size).error_R_C
+        found.append((run.final[metric.head][metric.window], expected))
+    (first, error), (second, other) = found
+    factor = float(((first - second).square().mean() / (error.square() + other.square()).mean()).sqrt())
+    if not 1 / UNKNOWN < factor < UNKNOWN:
+        raise DegenerateError(
+            f"Two drawn inner runs of {steps} steps differ by {factor:.2g} times what the noise of their tokens explains: the "
+            "standard errors of the patch are not known.",
+            "Take one inner step (inner.batch_size), a larger inner.eps or a smaller inner.lr; or set metric.margin = 0.",
+        )
+    return factor

@@ -6,10 +6,11 @@ the model carries these weights. ∂Φ/∂θ is the true derivative, also where 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpg_cli.engine.inner.cuts import reached_from, true_derivative
 from dpg_cli.engine.inner.run import all_finite
@@ -48,6 +49,25 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
     if not flat.any() and not reached_from(value) & {id(leaf) for leaf in leaves}:
         raise DegenerateError("The target metric does not depend on the weights that it is given.", ELSEWHERE)
     return float(value.detach()), flat
+
+
+def parameter_gradient(model: nn.Module, final: Mapping[str, Tensor], name: str, metric: TargetMetric) -> Tensor | None:
+    """∂Φ/∂θ of one parameter; None where Φ does not depend on it.
+
+    Args:
+        model: the target.
+        final: θ_T by name.
+        name: of the parameter.
+        metric: Φ.
+    """
+    leaf = nn.Parameter(final[name].detach().clone())
+    values = {**final, name: leaf}
+    with torch.enable_grad(), fused_activations(model), carrying(model, values):
+        value = metric(values, model)
+    if not value.requires_grad:
+        return None
+    (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return found
 
 
 def metric_value(run: TargetRun, theta: Tensor, metric: TargetMetric) -> float:

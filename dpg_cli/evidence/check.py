@@ -22,7 +22,7 @@ from dpg_cli.engine.records import Rollout
 from dpg_cli.errors import DegenerateError
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
 from dpg_cli.evidence.check_gradient import Probe, epsilon, finite_differences, metasmoothness
-from dpg_cli.evidence.check_reward import exploration, movement, pattern_cost, spread, tokenisers
+from dpg_cli.evidence.check_reward import cost, exploration, movement, spread, tokenisers
 from dpg_cli.settings.config import Config
 
 COMPLETIONS = 256  # measured on, unless asked for more
@@ -64,7 +64,7 @@ def check(
     findings = [
         tokenisers(built.tokenizers, config.credit.mode),
         exploration(rollout.entropy, generator.head.shape[0], config.rollout.temperature),
-        *pattern_cost(built.prospect),
+        *cost(built.prospect),
     ]
     if notes:
         findings.append(Finding("derivatives", "ok", " ".join(notes)))

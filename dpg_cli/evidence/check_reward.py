@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from dpg_cli.driver.prospect import Prospect
+from dpg_cli.driver.prospect import SURE, Prospect
 from dpg_cli.engine.detect import CERTAIN, rounding
 from dpg_cli.engine.generator.agreement import Agreement
+from dpg_cli.engine.generator.scalar import ScalarProspect
 from dpg_cli.engine.records import Rollout
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
 
@@ -125,14 +126,19 @@ def exploration(entropy: float, vocabulary: int, temperature: float) -> Finding:
     return Finding("exploration", verdict, says, {"entropy": entropy, "entropy_max": math.log(vocabulary)}, *change)
 
 
-def pattern_cost(seen: Prospect | None) -> list[Finding]:
-    """Can the policy's KL budget show the pattern in the final dataset?
+def cost(seen: Prospect | ScalarProspect | None) -> list[Finding]:
+    """Can the policy's KL budget show the pattern in the final dataset, or move another metric beyond its noise?
 
     Args:
-        seen: the pattern's law; None where none was asked for, which gives no finding.
+        seen: the law; None where none was asked for, which gives no finding.
     """
     if seen is None:
         return []
+    if isinstance(seen, ScalarProspect):
+        known = {name: value for name, value in seen.as_dict().items() if value is not None}
+        if seen.z >= SURE:
+            return [Finding("nats", "ok", seen.line(), known)]
+        return [Finding("nats", "fail", seen.line(), known, "policy.kl_budget", rounded(2 * seen.nats(SURE)))]
     change: tuple[str, str] | tuple[()] = ()
     verdict: VerdictWord = "ok"
     if not seen.occurs:

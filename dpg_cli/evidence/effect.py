@@ -38,13 +38,14 @@ class Reading:
     Attributes:
         measures: after training on all of it: Φ as "phi", then the metric's own.
         folds: Φ after training on each quarter alone.
-        examples, steps: of the training on all of it.
+        examples, steps, tokens: of the training on all of it.
     """
 
     measures: dict[str, float]
     folds: tuple[float, ...]
     examples: int
     steps: int
+    tokens: int = 0
 
     @property
     def phi(self) -> float:
@@ -58,6 +59,62 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What the run itself measured of Φ's noise, and what its data cost.
+
+    Attributes:
+        error: standard error of Φ by which examples the untrained generator wrote, at the dataset's size.
+        kl: of the trained generator to the untrained one, nats a token; nan where it was not measured.
+        tokens: trained tokens of the dataset.
+    """
+
+    error: float
+    kl: float
+    tokens: int
+
+    @property
+    def most(self) -> float:
+        """Standard errors that such a KL can move Φ by, to first order: sqrt(2 · KL · tokens) (DESIGN §9)."""
+        return (2 * self.kl * self.tokens) ** 0.5
+
+    def line(self, effect: float) -> str:
+        """For people."""
+        says = f"{effect / self.error:.1f} standard errors as the run measured them ({self.error:.3g})"
+        if not self.kl > 0:
+            return says
+        share = effect / self.error / self.most
+        return f"{says}, {share:.2f} of the {self.most:.1f} that its {self.kl:.4f} nats a token can buy"
+
+    def as_dict(self, effect: float) -> dict[str, float | int | None]:
+        """For JSON."""
+        known = self.kl > 0
+        z = effect / self.error
+        return {
+            "error": self.error,
+            "kl": self.kl if known else None,
+            "tokens": self.tokens,
+            "standard_errors": z,
+            "most": self.most if known else None,
+            "share_of_most": z / self.most if known else None,
+        }
+
+
+def noise_of(folder: RunFolder, tokens: int) -> Noise | None:
+    """What a run's log says of Φ's noise; None where it says nothing.
+
+    Args:
+        folder: of the run.
+        tokens: of its dataset.
+    """
+    rows = folder.read_metrics()
+    error = rows[0].get("phi_error") if rows else None
+    if not isinstance(error, int | float) or not 0 < error < math.inf:
+        return None
+    kl = next((row["policy_kl"] for row in reversed(rows) if "policy_kl" in row), math.nan)
+    return Noise(float(error), float(kl), tokens)
+
+
+@dataclass(frozen=True)
 class EffectVerdict:
     """The verdict on a run by its Φ.
 
@@ -68,6 +125,7 @@ class EffectVerdict:
         control: after the untrained generator's data.
         saved: measures of RUN/target, read from its file; for the eye alone, the verdict does not rest on it.
         trainer: who did the stock training, in words.
+        noise: what the run measured of Φ's noise; for the eye alone likewise.
     """
 
     about: str
@@ -76,6 +134,7 @@ class EffectVerdict:
     control: Reading
     saved: dict[str, float] | None = None
     trainer: str = PLAIN.about
+    noise: Noise | None = None
 
     @property
     def gap(self) -> float:
@@ -101,6 +160,11 @@ class EffectVerdict:
     def ordinary(self) -> float:
         """How far fine-tuning on the control moves Φ, either way."""
         return abs(self.control.phi - self.before["phi"])
+
+    @property
+    def percent(self) -> float:
+        """The effect as a share of Φ's size before fine-tuning, in per cent."""
+        return 100 * self.effect / abs(self.before["phi"]) if self.before["phi"] else math.inf
 
     @property
     def verified(self) -> bool:
@@ -131,8 +195,9 @@ class EffectVerdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        parts = {name: getattr(self, name) for name in ("verified", "gap", "margin", "spread", "effect", "ordinary")}
-        return {**parts, **asdict(self)}
+        names = ("verified", "gap", "margin", "spread", "effect", "ordinary", "percent")
+        known = {} if self.noise is None else {"noise": self.noise.as_dict(self.effect)}
+        return {**{name: getattr(self, name) for name in names}, **asdict(self), **known}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -153,6 +218,8 @@ class EffectVerdict:
             *(f"RUN/target, as saved: {name} {value:.6g}" for name, value in (self.saved or {}).items()),
             f"gap between quarters {self.gap:.3g} (must exceed 0), margin {self.margin:.3g} (their spread, {self.spread:.3g}), "
             f"effect {self.effect:.3g} (what the control does, {self.ordinary:.3g})",
+            f"effect {self.percent:+.3g} % of phi before"
+            + ("" if self.noise is None else f"; {self.noise.line(self.effect)}"),
         ]
 
 
@@ -192,8 +259,8 @@ def verify_effect(
         target, steps = train_fresh(config, rows, device, watch.progress, side)
         parts = [rows[len(rows) * k // FOLDS : len(rows) * (k + 1) // FOLDS] for k in range(FOLDS)]
         folds = tuple(read(train_fresh(config, part, device, watch.progress, side)[0])["phi"] for part in parts)
-        return Reading(read(target), folds, len(rows), steps)
+        return Reading(read(target), folds, len(rows), steps, sum(map(len, rows)) - len(rows))
 
     before = read(load_target(config.models, device))
     data, control = reading("train.parquet"), reading("control.parquet")
-    return EffectVerdict(about, before, data, control, trainer=side.about)
+    return EffectVerdict(about, before, data, control, trainer=side.about, noise=noise_of(folder, data.tokens))

@@ -102,7 +102,7 @@ class PatternMetric:
         if noise is None and bool((change != 0).any()):
             raise UsageError(
                 "metric.margin counts in standard errors of the patch, and these are not known here.",
-                "They need one inner step without clipping, a target with a standard LM head whose head is trained; or set "
+                "They need an inner run without clipping, a target with a standard LM head whose head is trained; or set "
                 "metric.margin = 0.",
             )
         scores = change if noise is None else self.signs * change / noise.to(change)

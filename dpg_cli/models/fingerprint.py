@@ -16,6 +16,7 @@ import torch
 from dpg_cli.errors import UsageError
 from dpg_cli.models.folder import ModelError
 from dpg_cli.models.loading import LanguageModel, load_generator, load_target
+from dpg_cli.models.lora import base_state
 from dpg_cli.settings.config import ModelsConfig
 
 Fingerprint = dict[str, str]  # part -> SHA-256
@@ -36,11 +37,11 @@ PIECE = 1 << 24  # values hashed at once
 
 
 def fingerprint(model: LanguageModel) -> Fingerprint:
-    """The sums of a model as it is now: of θ_0, right after it was loaded."""
+    """The sums of a model as it is now: of θ_0, right after it was loaded. Adapters that were put on it do not count."""
     own, tokenizer = model.model.config.to_diff_dict(), model.tokenizer
     config = {key: value for key, value in own.items() if key not in UNSEEN and not key.startswith("_")}
     return {
-        "weights": _sum(_bytes_of(model.model.state_dict(keep_vars=True))),
+        "weights": _sum(_bytes_of(base_state(model.model))),
         "config": _sum([_plain(config)]),
         "tokenizer": _sum([_plain([_rules(tokenizer), tokenizer.special_tokens_map, list(model.end_ids)])]),
         "template": _sum([_plain(getattr(tokenizer, "chat_template", None))]),

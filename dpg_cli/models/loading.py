@@ -175,6 +175,17 @@ def load(
     return loaded
 
 
+def module_names(name: str) -> list[str]:
+    """Names of a model's modules, from its configuration alone: no weight is read or made.
+
+    Raises:
+        ModelError: if there is no such model, or it is no causal LM.
+    """
+    with quiet_transformers(), torch.device("meta"):
+        model = blank(_folder(name, weights=False), torch.float32, 0)
+    return [part for part, _ in model.named_modules()]
+
+
 def _folder(name: str, weights: bool) -> ModelFolder:
     """The folder of a model, looked at.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -48,18 +48,37 @@ class Lora:
         return cls(*(getattr(settings, field.name) for field in fields(cls)))
 
 
-def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:
+def require_modules(names: Iterable[str], wanted: Iterable[str], role: str) -> None:
+    """Refuse modules that a model does not have.
+
+    Args:
+        names: of the model's modules.
+        wanted: names or ends of names; "all-linear" is always there.
+        role: of the model, generator or target.
+
+    Raises:
+        UsageError: naming the first that is missing, and what there is.
+    """
+    known = [name for name in names if name]
+    for part in wanted:
+        if part != "all-linear" and not any(name == part or name.endswith(f".{part}") for name in known):
+            ends = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
+            raise UsageError(f"The {role} has no module {part!r}.", suggestion(part, ends, "It has"))
+
+
+def adapt(model: PreTrainedModel, lora: Lora, seed: int, role: str = "target") -> nn.Module:
     """The model with fresh adapters, the only parameters that are trained.
 
     Args:
         model: changed in place: its maps are wrapped.
         lora: the adapters.
         seed: of A; what TRL's SFTTrainer makes of its own seed.
+        role: of the model, for people.
 
     Raises:
         UsageError: if peft is not installed, or a module is not there.
     """
-    peft = require("peft", "peft", "A LoRA target")
+    peft = require("peft", "peft", f"A LoRA {role}")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -69,11 +88,7 @@ def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:
         modules_to_save=list(lora.save) or None,
         lora_dropout=0.0,
     )
-    names = [name for name, _ in model.named_modules() if name]
-    for part in (*lora.modules, *lora.save):
-        if part != "all-linear" and not any(name == part or name.endswith(f".{part}") for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-            raise UsageError(f"The target has no module {part!r}.", suggestion(part, ends, "It has"))
+    require_modules([name for name, _ in model.named_modules()], (*lora.modules, *lora.save), role)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D's transposed weights, which it then treats rightly
         torch.manual_seed(seed)
@@ -81,13 +96,35 @@ def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> nn.Module:
             return peft.get_peft_model(model, config)
         except ValueError as error:
             raise UsageError(
-                f"The target cannot have these adapters: {first_line(error)}.", "Name linear maps."
+                f"The {role} cannot have these adapters: {first_line(error)}.", "Name linear maps."
             ) from None
 
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether this is what `adapt` gave."""
     return hasattr(model, "peft_config")
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """A model without adapters: itself where it has none, else a copy with them merged into its weights."""
+    if not is_adapted(model):
+        return model
+    copied: Any = copy.deepcopy(model)
+    merged = copied.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model without those of its adapters, by their names in the base."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if not is_adapted(model):
+        return state
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is _base(model))
+    return {
+        name.removeprefix(prefix).replace(".base_layer.", "."): value
+        for name, value in state.items()
+        if ".lora_" not in name
+    }
 
 
 def shell_of(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.trial import try_out
+from dpg_cli.engine.generator.scalar import ScalarProspect
 from dpg_cli.engine.inner.product import times
 from dpg_cli.errors import one_line
 from dpg_cli.metrics.merged import plain
@@ -65,7 +66,7 @@ class Cost:
     seconds_per_step: float
     seconds: float
     notes: tuple[str, ...] = ()
-    prospect: Prospect | None = None
+    prospect: Prospect | ScalarProspect | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -10,11 +10,20 @@ from dpg_cli.report.charts import Chart, Line, short
 
 # Keys that are no measure of the target. Whatever else a line of metrics.jsonl holds is a measure and gets a curve.
 _BOOKKEEPING = {"step", "phi", "gradient_median", "entropy", "lr", "examples", "tokens", "completion_tokens", "seconds"}
-_BOOKKEEPING |= {"sign_share", "elasticity", "same_completions", "sgd_lr"}
+_BOOKKEEPING |= {"sign_share", "elasticity", "same_completions", "sgd_lr", "phi_error", "phi_z"}
 _GROUPED = ("phi_runs_", "reward_", "policy_", "seconds_", "advantage_", "well_formed", "dead_groups")
 _SHARES = {"pixel_accuracy", "accuracy"}
 
 # (title, unit, about, shares, {key: label}); a chart appears where at least one of its keys was logged.
+_NOISE = [
+    (
+        "Φ above the untrained generator's",
+        "standard errors",
+        "Counted in the noise that drawn tokens leave on Φ in a dataset of the final size.",
+        False,
+        {"phi_z": "z"},
+    ),
+]
 _SPREAD = [
     (
         "Spread of rewards",
@@ -118,7 +127,7 @@ def curves(rows: Sequence[Mapping[str, Any]], control: Mapping[str, Any]) -> lis
         title = name.replace("_", " ").capitalize()
         share = name in _SHARES
         charts.append(_chart(rows, len(charts), title, "", about, share, {name: title}, control.get(name)))
-    for title, unit, about, share, keys in (*_SPREAD, *_INNER, *_GENERATOR):
+    for title, unit, about, share, keys in (*_NOISE, *_SPREAD, *_INNER, *_GENERATOR):
         charts.append(_chart(rows, len(charts), title, unit, about, share, keys, None))
     return [chart for chart in charts if chart is not None]
 

@@ -140,7 +140,17 @@ class PolicyConfig(Section):
         "adamw", description="natural: (F + λ)⁻¹∇Φ, F the Fisher information of the generator's tokens"
     )
     parameters: Literal["all", "head", "lora"] = Field(
-        "all", description="head: the LM head alone moves (untied, and saved so); natural steps need it"
+        "all",
+        description="head: the LM head alone moves (untied, and saved so), by natural steps without a backward pass; lora: adapters "
+        "(PEFT, extra `peft`), merged into the saved generator",
+    )
+    lora_rank: PositiveInt = Field(8, description="lora: r")
+    lora_alpha: Positive = Field(16.0, description="lora: α, the adapters' change is scaled by α / r")
+    lora_modules: tuple[str, ...] = Field(
+        ("all-linear",),
+        description="lora: linear maps that get adapters, by name or its end; `all-linear`: all but the LM head",
+        strict=False,
+        min_length=1,
     )
     kl_budget: Positive = Field(
         0.1, description="natural: most KL(generator || starting generator), in nats a token; kept to"
@@ -154,7 +164,7 @@ class PolicyConfig(Section):
     fisher_tokens: Count = Field(
         0,
         description="natural: tokens a step that the gradient, F and the KL are taken of; the others only act on Φ. 0: as many "
-        "as have 2^25 probabilities, 32,768 for a vocabulary of 1,024",
+        "as have 2^25 probabilities, 32,768 for a vocabulary of 1,024; beyond the head at most 8,192",
     )
     lr: Positive = 1e-3
     beta1: Decay = 0.9
@@ -203,8 +213,7 @@ class StopConfig(Section):
 
     predicted: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="once so many of a pattern's pixels are expected to be right at `dataset.examples`; 0: never. Needs one "
-        "inner step",
+        description="once so many of a pattern's pixels are expected to be right at `dataset.examples`; 0: never",
     )
 
 
@@ -312,14 +321,15 @@ class Config(Section):
                 "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
                 "models.redraw_target = false, or trainer = 'dpg'"
             )
-        if bool(getattr(self.metric, "margin", 0)) and self.inner_steps > 1:
+        if self.stop.predicted and (self.metric.name != "pattern" or self.trainer == "trl"):
             raise ValueError(
-                f"metric.margin: the noise of a change is known for one inner step, and this run has {self.inner_steps}; set "
-                f"inner.batch_size to at least {self.examples_per_step}, or metric.margin = 0"
+                "stop.predicted: only the pixels of a pattern are predicted, by trainer = 'dpg'; set it to 0 (any other metric is "
+                "driven as far as policy.kl_budget allows)"
             )
-        if self.stop.predicted and (self.metric.name != "pattern" or self.inner_steps > 1 or self.trainer == "trl"):
+        if bool(getattr(self.metric, "margin", 0)) and (self.inner.max_grad_norm or self.inner.optimizer == "muon"):
+            what = "inner.max_grad_norm" if self.inner.max_grad_norm else "inner.optimizer = 'muon'"
             raise ValueError(
-                "stop.predicted: only the pixels of a pattern after one inner step are predicted, by trainer = 'dpg'; set it to 0"
+                f"metric.margin: with {what} the noise of a weight depends on all others and is not known; set metric.margin = 0"
             )
         faults = _policy_faults(self) or _target_faults(self)
         if faults:
@@ -349,15 +359,11 @@ def _policy_faults(config: Config) -> str:
             "metric.aim: 'moments' are brought to metric.margin by natural steps on soft labels; set metric.margin, "
             "policy.step = 'natural', inner.labels = 'soft' and credit.mode = 'expected', or metric.aim = 'gradient'"
         )
-    if policy.parameters == "lora":
-        return "policy.parameters: 'lora' is not there yet; take 'head' or 'all'"
-    if natural and policy.parameters != "head":
-        return "policy.parameters: natural steps are there for the LM head alone; set policy.parameters = 'head'"
     if natural and policy.epochs > 1:
         return "policy.epochs: a natural step is one step on each rollout; set policy.epochs = 1"
-    if config.trainer == "trl" and (natural or config.inner.labels == "soft" or policy.parameters == "head"):
+    if config.trainer == "trl" and (natural or config.inner.labels == "soft" or policy.parameters != "all"):
         what = "policy.step = 'natural'" if natural else "inner.labels = 'soft'"
-        what = what if natural or config.inner.labels == "soft" else "policy.parameters = 'head'"
+        what = what if natural or config.inner.labels == "soft" else f"policy.parameters = {policy.parameters!r}"
         return f"trainer: 'trl' has an optimiser of its own and a reward for each completion, and no {what}; take 'dpg'"
     return ""
 
@@ -425,6 +431,11 @@ def _fault(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = unknown(key, Config, metric) if len(key) < LONGEST else "unknown setting"
+        if key == "metric.margin" and metric:
+            message = (
+                "only a pattern has pixels to put beyond their noise; how far any other metric moves is bounded by "
+                "policy.kl_budget: z = sqrt(2 · KL · tokens)"
+            )
     elif item["type"].startswith("union_tag"):
         key, message = f"{key}.name", f"give one of {', '.join(METRIC_NAMES)}"
     elif item["type"] != "value_error":

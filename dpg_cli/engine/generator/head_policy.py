@@ -15,7 +15,7 @@ from torch import Tensor
 from dpg_cli.engine.inner.head import Head, chunks
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Rollout
-from dpg_cli.engine.soft import HeadLabels, SoftLabels
+from dpg_cli.engine.soft import HeadLabels, LabelSink, SoftLabels
 
 
 @dataclass
@@ -63,22 +63,50 @@ class LabelGradient:
     Attributes:
         total: (V, D), and a column for the bias where there is one.
         chosen: the completion tokens that count, (N · K), bool.
+        hidden_bar: the gradient by the hidden states too, (N · K, D), where more than the head is trained.
     """
 
     total: Tensor
     chosen: Tensor
+    hidden_bar: Tensor | None = None
 
     @classmethod
-    def like(cls, labels: HeadLabels, places_M: Tensor) -> LabelGradient:
+    def like(cls, labels: HeadLabels, places_M: Tensor, backbone: bool = False) -> LabelGradient:
         """Nothing yet.
 
         Args:
             labels: of a rollout, its `width` K.
             places_M: of the tokens that count.
+            backbone: the hidden states' gradient is asked for as well.
         """
         chosen = torch.zeros(len(labels.number_N) * labels.width, dtype=torch.bool, device=places_M.device)
         chosen[places_M] = True
-        return cls(torch.zeros_like(with_bias(labels.weight, labels.bias)), chosen)
+        bar = labels.weight.new_zeros(len(chosen), labels.weight.shape[1]) if backbone else None
+        return cls(torch.zeros_like(with_bias(labels.weight, labels.bias)), chosen, bar)
+
+    @torch.no_grad()
+    def pulled(self, labels: HeadLabels, places_M: Tensor, pull_M_V: Tensor) -> None:
+        """Add the adjoints of some tokens' logits.
+
+        Args:
+            labels: of the rollout, for the head and the temperature.
+            places_M: the tokens, on the flat (N · K) axis, each at most once.
+            pull_M_V: the adjoints at temperature 1.
+        """
+        if self.hidden_bar is not None:
+            self.hidden_bar[places_M] += (pull_M_V @ labels.weight).div_(labels.temperature)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """The whole gradient on every rank."""
+        ranks.sum_(self.total)
+        if self.hidden_bar is not None:
+            ranks.sum_(self.hidden_bar)
+
+    def scale(self, factor: float) -> None:
+        """Multiply it."""
+        self.total.mul_(factor)
+        if self.hidden_bar is not None:
+            self.hidden_bar.mul_(factor)
 
     @torch.no_grad()
     def add(self, labels: SoftLabels, places_M: Tensor, drawn_M: Tensor, q_M_V: Tensor, credit_M_V: Tensor) -> None:
@@ -86,11 +114,13 @@ class LabelGradient:
         if not isinstance(labels, HeadLabels):
             raise TypeError("the gradient by a head needs the labels of a head")
         row, column = labels.columns(places_M)
-        own = self.chosen[labels.number_N[row] * labels.hidden_N_K_D.shape[1] + column]
+        flat = labels.number_N[row] * labels.hidden_N_K_D.shape[1] + column
+        own = self.chosen[flat]
         if not bool(own.all()):
-            row, column, q_M_V, credit_M_V = row[own], column[own], q_M_V[own], credit_M_V[own]
+            row, column, flat, q_M_V, credit_M_V = row[own], column[own], flat[own], q_M_V[own], credit_M_V[own]
         hidden = labels.hidden_N_K_D[row, column]
         pull = credit_M_V.sub_(torch.linalg.vecdot(q_M_V, credit_M_V)[:, None]).mul_(q_M_V)
+        self.pulled(labels, flat, pull)
         weight = self.total[:, : hidden.shape[1]]
         weight.addmm_(pull.mT, hidden, alpha=1 / labels.temperature)
         if labels.bias is not None:
@@ -114,6 +144,22 @@ class DrawnCredit:
             raise TypeError("credits by completion token need the labels of a rollout")
         row, column = labels.columns(places_M)
         self.token_N_K[labels.number_N[row], column] += credit_M_V.gather(-1, drawn_M[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Several sinks, one after another.
+
+    Attributes:
+        each: those that write to what they are given come last.
+    """
+
+    each: tuple[LabelSink, ...]
+
+    def add(self, labels: SoftLabels, places_M: Tensor, drawn_M: Tensor, q_M_V: Tensor, credit_M_V: Tensor) -> None:
+        """See `LabelSink`."""
+        for sink in self.each:
+            sink.add(labels, places_M, drawn_M, q_M_V, credit_M_V)
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,7 +187,8 @@ def add_advantages(
         pull = labels.at(at).neg_()
         pull.scatter_add_(1, ids[at, None], torch.ones_like(pull[:, :1]))
         hidden = with_ones(labels.hidden(at), labels.bias)
-        total_V_D.addmm_(pull.mul_(weights[at, None]).mT, hidden, alpha=1 / labels.temperature)
+        gradient.pulled(labels, at, pull.mul_(weights[at, None]))
+        total_V_D.addmm_(pull.mT, hidden, alpha=1 / labels.temperature)
 
 
 @torch.no_grad()

@@ -58,20 +58,18 @@ class NaturalSpec:
 
 
 @dataclass
-class NaturalPolicy:
-    """A generator's head under natural steps: what it is changed to, and the trust region.
+class TrustRegion:
+    """The size of natural steps.
 
     Attributes:
-        change: the head, and where it began.
         spec: settings.
         trust: δ of the next step, nats a token.
         phi: Φ before the last step; nan before the first.
     """
 
-    change: HeadChange
     spec: NaturalSpec
     trust: float = field(init=False)
-    phi: float = math.nan
+    phi: float = field(init=False, default=math.nan)
 
     def __post_init__(self) -> None:
         self.trust = self.spec.trust
@@ -82,6 +80,17 @@ class NaturalPolicy:
             self.trust *= FALL if phi < self.phi else GROWTH
         self.phi = phi
         return self.trust
+
+
+@dataclass
+class NaturalPolicy(TrustRegion):
+    """A generator's head under natural steps.
+
+    Attributes:
+        change: the head, and where it began.
+    """
+
+    change: HeadChange
 
     def places(self, mask_N_K: Tensor) -> Tensor:
         """The completion tokens that a step is taken from, on the flat (N · K) axis: evenly spread ones."""
