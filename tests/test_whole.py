@@ -22,13 +22,13 @@ from dpg_cli.engine.generator.head_policy import LabelGradient, add_advantages
 from dpg_cli.engine.generator.natural import NaturalSpec
 from dpg_cli.engine.generator.policy import completion_logits
 from dpg_cli.engine.generator.rollout import Sampling
-from dpg_cli.engine.generator.whole import fisher as fisher_module
-from dpg_cli.engine.generator.whole.policy import WholePolicy
 from dpg_cli.engine.inner import head as head_module
 from dpg_cli.engine.loop import outer_step
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.engine.soft import HeadLabels
+from dpg_cli.engine.whole import fisher as fisher_module
+from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.errors import DegenerateError, InterruptedRunError, UsageError
 from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import load

@@ -22,9 +22,9 @@ from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.generator.scalar import ScalarProspect
-from dpg_cli.engine.generator.whole.policy import WholePolicy
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.ranks import ALONE, Ranks
+from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.errors import UsageError
 from dpg_cli.models.fingerprint import Fingerprint, fingerprint
 from dpg_cli.models.loading import (

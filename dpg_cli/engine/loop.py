@@ -25,7 +25,6 @@ from dpg_cli.engine.generator.natural import NaturalPolicy
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.generator.scalar import ERROR, above_start, dataset_error
-from dpg_cli.engine.generator.whole.policy import WholePolicy
 from dpg_cli.engine.inner.head import find_head
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.tape import Memory
@@ -42,6 +41,7 @@ from dpg_cli.engine.phi import parameter_gradient
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.soft import HeadLabels
+from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.loading import LanguageModel
 
