@@ -104,6 +104,7 @@ ELEMENTS: dict[str, dict[str, Any]] = {
     "epochs": {"batches": Batches(4, epochs=1.5, order="shuffled", seed=5)},
     "accumulation": {"batches": Batches(2, accumulation=2, epochs=2, order="shuffled")},
 }
+ELEMENTS["ema"] = {"ema": 0.6}
 ELEMENTS["all"] = {key: value for elements in ELEMENTS.values() for key, value in elements.items()}
 
 CASES = [

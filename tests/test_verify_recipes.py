@@ -13,14 +13,15 @@ from test_fidelity import word_tokenizer
 from torch import nn
 
 from dpg_cli.driver.recipe import inner_recipe
-from dpg_cli.engine import Examples
+from dpg_cli.engine import Examples, Replay
+from dpg_cli.engine.attribution import InnerSettings
 from dpg_cli.engine.inner.packing import bins_of_trl
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence import stock
 from dpg_cli.evidence.stock import stock_side, train
-from dpg_cli.evidence.stock_plan import packed, stock_plan
+from dpg_cli.evidence.stock_plan import Row, packed, stock_plan
 from dpg_cli.evidence.stock_trl import plainly, train_by_trl
 from dpg_cli.models.lora import Lora, adapt
 from dpg_cli.settings.config import validate
@@ -45,6 +46,8 @@ RECIPES: dict[str, tuple[dict[str, Any], Lora | None]] = {
         None,
     ),
     "LoRA": ({**SHUFFLED, "schedule": "linear", "max_grad_norm": 1.0}, Lora(3, 6.0)),
+    "averaged weights": ({**SHUFFLED, "ema": 0.7, "schedule": "linear"}, Lora(3, 6.0)),
+    "replay": ({**SHUFFLED, "replay": "own.jsonl", "replay_share": 0.4, "max_grad_norm": 0.5}, None),
     "packed rows": ({**SHUFFLED, "packed_rows": 16, "max_length": 16}, None),
 }  # fmt: skip
 
@@ -73,15 +76,18 @@ def test_trl_and_the_plain_loop_train_as_the_inner_run(name: str) -> None:
     start: Any = make_target("llama" if lora else "gpt2", tied=True)
     start = adapt(start, lora, SEED) if lora else start
     rows = sequences()
-    plan = stock_plan(rows, inner, inner.steps_of_epoch(DRAWN), SEED, DRAWN)
+    own = [Row(row.tolist(), [place > 1 for place in range(len(row))]) for row in sequences(5)] if inner.replay else []
+    plan = stock_plan(rows, inner, inner.steps_of_epoch(DRAWN), SEED, DRAWN, own)
 
     examples, recipe = Examples.from_sequences([row.tolist() for row in rows]), inner_recipe(inner, SEED)
     recipe = type(recipe)(**{**recipe.__dict__, "batches": recipe.batches.rescaled(DRAWN, COUNT)})
     model = copy.deepcopy(start)
+    replay = Replay(Examples.from_sequences([list(row.ids) for row in own], prefix=2), 0.4) if own else None
+    examples, laid = InnerSettings(recipe, replay=replay).laid_out(examples)
     with recipe.prepared(model):
         run = TargetRun(model, recipe.space(model))
         theta = run.space.read(model)
-        trace = inner_run(run, theta, examples, recipe, theta.new_ones(COUNT))
+        trace = inner_run(run, theta, examples, recipe, theta.new_ones(len(examples)), plan=laid)
         ours, before = ({n: v.clone() for n, v in run.space.views(at).items()} for at in (trace.theta, theta))
     assert [sorted(step) for step in plan.steps] == [
         sorted(trace.plan.index(number).tolist()) for number in range(len(trace.plan))

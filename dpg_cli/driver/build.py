@@ -12,7 +12,7 @@ import torch
 from dpg_cli.data.chat import PromptFormat, prompt_format
 from dpg_cli.data.prompts import PromptSampler, load_prompts
 from dpg_cli.driver.prospect import Prospect, located, look, looks, prospect
-from dpg_cli.driver.recipe import inner_recipe, trained_target
+from dpg_cli.driver.recipe import inner_recipe, replay_of, trained_target
 from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
@@ -58,6 +58,7 @@ class Built:
         config: the settings, with what they leave to the models found.
         prospect: what the metric's pattern will cost, or the budget can do, where natural steps or a margin ask for it.
         target_made_of: the fingerprint of the target before it got adapters; None where it has none.
+        replayed: how the rows of `inner.replay` were understood.
     """
 
     players: Players
@@ -68,6 +69,7 @@ class Built:
     config: Config
     prospect: Prospect | ScalarProspect | None = None
     target_made_of: Fingerprint | None = None
+    replayed: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -78,6 +80,7 @@ class Built:
         return [
             *([prompts] if prompts else []),
             *getattr(self.players.metric, "notes", ()),
+            *self.replayed,
             *([f"the chat template asks for today's date and is given {DATE}"] if dated else []),
         ]
 
@@ -111,6 +114,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     if looks(config):
         seen = look(generator, target, loop_spec(config, generator, form).sampling, prompts, config.seed + 3)
         config = located(config, target, seen, ranks)
+    replay, replayed = replay_of(config, target)
     made_of = fingerprint(target) if config.lora.rank else None
     target, metric = trained_target(target, config, named_metric)
     cost = None if seen is None else prospect(config, metric, target, seen, loop_spec(config, generator, form))
@@ -133,7 +137,8 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     )
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
-    return Built(players, loop_spec(config, generator, form), sampler, device, compared, config, cost, made_of)
+    spec = replace(loop_spec(config, generator, form), replay=replay)
+    return Built(players, spec, sampler, device, compared, config, cost, made_of, replayed)
 
 
 def generator_models(config: Config) -> ModelsConfig:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from dpg_cli.data.examples import padded
+from dpg_cli.data.replay import own_rows
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
-from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Recipe, Schedule
+from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Recipe, Replay, Schedule
+from dpg_cli.engine.records import Examples
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.metrics.merged import of_merged
 from dpg_cli.metrics.registry import build_metric
@@ -50,7 +53,21 @@ def inner_recipe(inner: InnerConfig, seed: int) -> Recipe:
         ),
         normalization=inner.normalization,
         precision=inner.precision,
+        ema=inner.ema,
     )
+
+
+def replay_of(config: Config, target: LanguageModel) -> tuple[Replay | None, tuple[str, ...]]:
+    """The own data that joins the inner steps, and how it was understood; None where the settings ask for none.
+
+    Raises:
+        UsageError: for rows that cannot be read.
+    """
+    inner = config.inner
+    if not inner.replay:
+        return None, ()
+    found = own_rows(inner.replay, target, inner.max_length, config.seed, config.replay_rows)
+    return Replay(Examples(*padded(found.rows, target)), inner.replay_share), found.notes
 
 
 def trained_target(

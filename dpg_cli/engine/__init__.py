@@ -4,7 +4,7 @@ Not here: files, settings, messages. Imports none of the rooms that hold them, a
 """
 
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
-from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Plan, Recipe, Schedule
+from dpg_cli.engine.inner.recipe import Batches, Group, Groups, Plan, Recipe, Replay, Schedule
 from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.metagrad import metagradient, metagradients
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients
@@ -23,6 +23,7 @@ __all__ = [
     "OptimizerSpec",
     "Plan",
     "Recipe",
+    "Replay",
     "Schedule",
     "Start",
     "metagradient",

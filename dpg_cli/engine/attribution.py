@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
-from dpg_cli.engine.inner.recipe import Recipe
+from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.tape import FirstTape, Memory
 from dpg_cli.engine.inner.target import Normalization, TargetRun
@@ -70,7 +70,8 @@ class AttributionSpec:
 @dataclass(frozen=True)
 class InnerSettings:
     """The inner run that every attribution shares: its recipe, or an optimiser alone; B, the loss's normaliser and the
-    precision where they are not the recipe's; rows in memory at once, states kept, and the processes that share the work."""
+    precision where they are not the recipe's; rows in memory at once, states kept, the processes that share the work, and own data
+    that joins every step."""
 
     optimizer: OptimizerSpec | Recipe
     batch_size: int | None = None
@@ -80,11 +81,17 @@ class InnerSettings:
     precision: Precision | None = None
     ranks: Ranks = ALONE
     packing: bool = False
+    replay: Replay | None = None
 
     @property
     def recipe(self) -> Recipe:
         """The whole recipe."""
         return Recipe.of(self.optimizer, self.batch_size, self.normalization, self.precision)
+
+    def laid_out(self, examples: Examples) -> tuple[Examples, Plan]:
+        """The examples, those of replay behind them, and the plan of all."""
+        plan = self.recipe.plan(examples)
+        return (examples, plan) if self.replay is None else self.replay.joined(examples, plan)
 
     def target_run(self, model: nn.Module, length: int) -> TargetRun:
         """The target as the passes see it, for examples of this length; within the recipe's `prepared`."""
@@ -142,12 +149,15 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     """
     with inner.recipe.prepared(model) as (target, notes):
         aligned = accepted(target, examples, inner.optimizer).aligned()
+        aligned, plan = inner.laid_out(aligned)
         run = inner.target_run(target, aligned.ids_N_S.shape[1])
         finding = selfcheck(run, aligned, need_hvp=False)
         run = finding.apply(run)
         theta = run.space.read(target)
         with torch.enable_grad():
-            trace = inner_run(run, theta, aligned, inner.recipe, theta.new_ones(len(aligned)), tape=FirstTape())
+            trace = inner_run(
+                run, theta, aligned, inner.recipe, theta.new_ones(len(aligned)), plan=plan, tape=FirstTape()
+            )
         if not torch.isfinite(trace.theta).all():
             raise DegenerateError("The inner run diverged: the target's weights are not finite.", "Lower inner.lr.")
         refuse_divergence(run, trace.theta)
@@ -259,6 +269,7 @@ def _metagradient(
         packing=inner.packing,
         ranks=inner.ranks,
         sink=sink,
+        replay=inner.replay,
     )
 
 

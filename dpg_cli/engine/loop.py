@@ -26,7 +26,7 @@ from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.generator.scalar import ERROR, above_start, dataset_error
 from dpg_cli.engine.inner.head import find_head
-from dpg_cli.engine.inner.recipe import Recipe
+from dpg_cli.engine.inner.recipe import Recipe, Replay
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.noise import (
     Aimed,
@@ -67,6 +67,7 @@ class LoopSpec:
         labels: what the inner run trains on: the "drawn" tokens, or the expectation over labels, "soft".
         dataset: examples of the final dataset, whose noise a metric may ask about.
         predicted: a predicted accuracy at which the run ends; 0 for never.
+        replay: own data that joins every inner step.
     """
 
     steps: int
@@ -87,11 +88,14 @@ class LoopSpec:
     labels: str = "drawn"
     dataset: int = 0
     predicted: float = 0.0
+    replay: Replay | None = None
 
     @property
     def inner(self) -> InnerSettings:
         """The inner run, in one process."""
-        return InnerSettings(self.recipe, micro_batch=self.micro_batch, memory=self.states, packing=self.packing)
+        return InnerSettings(
+            self.recipe, micro_batch=self.micro_batch, memory=self.states, packing=self.packing, replay=self.replay
+        )
 
     def rescaled(self, before: int, after: int) -> LoopSpec:
         """The same for `after` completions in place of `before`: as many inner steps, on larger or smaller batches."""

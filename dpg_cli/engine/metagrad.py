@@ -24,7 +24,7 @@ from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.product import Precision
-from dpg_cli.engine.inner.recipe import Plan, Recipe
+from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import Memory
@@ -62,6 +62,7 @@ def metagradient(
     sink: LabelSink | None = None,
     start: Start | None = None,
     journal: Journal | None = None,
+    replay: Replay | None = None,
 ) -> Metagradient:
     """Fine-tune a copy of `model` on `examples` and attribute the metric to each example and token.
 
@@ -85,6 +86,7 @@ def metagradient(
         packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
+        replay: own data that joins every step and gets no credit (`recipe/replay.py`).
         sink: is given the credit of every label chunk by chunk, where the examples have distributions (`soft`).
         start: the run goes on from there: `model` has the weights of that step, and the plan is that of the whole run.
         journal: keeps progress, so that the same call goes on where an earlier process was stopped; with `memory` "sqrt" or
@@ -108,7 +110,7 @@ def metagradient(
         raise BadValueError("A journal keeps no credits of labels.", "Leave labels and sink out, or the journal.")
     found, every = _attributed(
         model, examples, optimizer, [metric], batch_size, weights_N, normalization, micro_batch, labels, visits, plan,
-        memory, precision, packing, progress, ranks, sink, start, journal,
+        memory, precision, packing, progress, ranks, sink, start, journal, replay,
     )  # fmt: skip
     return replace(found[0], label_N_S_V=every)
 
@@ -129,6 +131,7 @@ def metagradients(
     ranks: Ranks = ALONE,
     start: Start | None = None,
     journal: Journal | None = None,
+    replay: Replay | None = None,
 ) -> Metagradients:
     """Fine-tune a copy of `model` once, and attribute each of Q metrics to each example and token.
 
@@ -150,7 +153,7 @@ def metagradients(
         raise BadValueError("There is no metric.", "Give at least one.")
     return _attributed(
         model, examples, optimizer, metrics, None, weights_N, None, micro_batch, False, visits, plan, memory, None,
-        packing, progress, ranks, None, start, journal,
+        packing, progress, ranks, None, start, journal, replay,
     )[0]  # fmt: skip
 
 
@@ -222,14 +225,24 @@ def _attributed(
     sink: LabelSink | None,
     start: Start | None,
     journal: Journal | None,
+    replay: Replay | None,
 ) -> tuple[Metagradients, Tensor | None]:
     """What both give, and the credit of every label."""
     phis = [as_metric(metric) for metric in metrics]
     recipe = Recipe.of(optimizer, batch_size, normalization, precision)
+    if recipe.ema and (journal is not None or start is not None):
+        what = "is not kept with progress" if start is None else "at a checkpoint is not known"
+        raise BadValueError(
+            f"The running average of the weights {what}.", "Set inner.ema = 0, or inner.states = 'keep' and no checkpoint."
+        )
     with recipe.prepared(model) as (target, notes):
         given = accepted(target, examples, optimizer, weights_N)
         examples = given.aligned()
         plan = recipe.plan(examples) if plan is None else plan
+        own, width = examples.ids_N_S.shape
+        if replay is not None:
+            accepted(target, replay.examples, optimizer)
+            examples, plan = replay.joined(examples, plan)
         run = TargetRun(
             target,
             recipe.space(target),
@@ -247,8 +260,8 @@ def _attributed(
             notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
         read = partial(run.space.read, target)
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
-        weights = torch.ones(len(examples), dtype=like.dtype, device=like.device) if weights_N is None else weights_N
-        weights = weights.to(like)
+        weights = like.new_ones(own) if weights_N is None else weights_N.to(like)
+        weights = torch.cat([weights, weights.new_ones(len(examples) - own)])
         remember = run.second_order == "dual"
         trace = inner_run(
             run, read(), examples, recipe, weights, None, progress, memory, read, remember, plan, None, start, journal
@@ -266,13 +279,14 @@ def _attributed(
                 course = Course(trace.norms, trace.losses, trace.gradient_median)
                 journal.turned(trace.theta, course, replace(point, left=len(plan) - trace.start))
         found = reverse(run, trace, examples, weights, point, labels, progress, sink, visits, journal)
-        tokens = [given.as_given(token_N_S) for token_N_S in found.token_Q_N_S]
-        made = Plan(plan.rows[trace.start :], plan.count)
-        steps, rows = made.flat
+        own_Q_N_S = found.token_Q_N_S[:, :own, :width]
+        tokens = [given.as_given(token_N_S) for token_N_S in own_Q_N_S]
+        steps, rows = Plan(plan.rows[trace.start :], plan.count).flat
+        kept = rows < own  # the others are replay's
         return Metagradients(
             value_Q=torch.tensor(point.values, dtype=torch.float64),
             measures=point.measures,
-            example_Q_N=found.token_Q_N_S.sum(2),
+            example_Q_N=own_Q_N_S.sum(2),
             token_Q_N_S=torch.stack(tokens) if len(tokens) > 1 else tokens[0][None],
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
@@ -280,8 +294,11 @@ def _attributed(
             notes=(*notes, *finding.notes),
             visits=None
             if found.visit_Q_M is None
-            else tuple(Visits(steps + trace.start, rows, credit) for credit in found.visit_Q_M),
-        ), None if found.label_N_S_V is None else given.as_given(found.label_N_S_V)
+            else tuple(
+                Visits(steps[kept] + trace.start, rows[kept], credit[kept.to(credit.device)])
+                for credit in found.visit_Q_M
+            ),
+        ), None if found.label_N_S_V is None else given.as_given(found.label_N_S_V[:own, :width])
 
 
 def refuse_divergence(run: TargetRun, theta: Tensor) -> None:

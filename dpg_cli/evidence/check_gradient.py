@@ -59,7 +59,7 @@ class Probe:
         count = min(count, len(self.examples))
         recipe = self.inner.recipe
         recipe = replace(recipe, batches=recipe.batches.rescaled(len(self.examples), count))
-        inner = InnerSettings(recipe, micro_batch=self.inner.micro_batch)
+        inner = InnerSettings(recipe, micro_batch=self.inner.micro_batch, replay=self.inner.replay)
         return Probe(self.model, self.metric, take(self.examples, torch.arange(count)), inner)
 
     def end(self, weights_N: Tensor | None = None) -> tuple[float, Tensor]:
@@ -67,8 +67,11 @@ class Probe:
         with self.inner.recipe.prepared(self.model):
             run = self.run
             theta = run.space.read(self.model)
-            weights = theta.new_ones(len(self.examples)) if weights_N is None else weights_N.to(theta)
-            final = inner_run(run, theta, self.examples, self.inner.recipe, weights).theta
+            examples, plan = self.inner.laid_out(self.examples)
+            weights = theta.new_ones(len(examples))
+            if weights_N is not None:
+                weights[: len(weights_N)] = weights_N.to(theta)
+            final = inner_run(run, theta, examples, self.inner.recipe, weights, plan=plan).theta
             with torch.no_grad():
                 return metric_value(run, final, self.metric), final
 
@@ -77,8 +80,9 @@ class Probe:
         with self.inner.recipe.prepared(self.model):
             run = self.run
             theta = run.space.read(self.model)
-            weights = theta.new_ones(len(self.examples))
-            trace = inner_run(run, theta, self.examples, self.inner.recipe, weights)
+            examples, plan = self.inner.laid_out(self.examples)
+            weights = theta.new_ones(len(examples))
+            trace = inner_run(run, theta, examples, self.inner.recipe, weights, plan=plan)
             return theta, trace.steps[0].grad, trace.theta, metric_gradient(run, trace.theta, self.metric)[1]
 
     def rewards(self) -> Tensor:
@@ -89,6 +93,7 @@ class Probe:
             self.inner.recipe,
             self.metric,
             micro_batch=self.inner.micro_batch,
+            replay=self.inner.replay,
         ).example_N
 
 

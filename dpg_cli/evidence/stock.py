@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from dpg_cli.data.replay import own_rows
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.stock_plan import Row, StockPlan, stock_plan
-from dpg_cli.evidence.stock_recipe import stock_optimizers, stock_schedule
+from dpg_cli.evidence.stock_recipe import Average, stock_optimizers, stock_schedule
 from dpg_cli.models.loading import LanguageModel, load_target
 from dpg_cli.models.lora import Lora, adapt
 from dpg_cli.settings.config import Config
@@ -120,7 +121,11 @@ def train_fresh(
     """
     target, inner = load_target(config.models, device), config.inner
     each = inner.steps_of_epoch(config.examples_per_step)
-    plan = stock_plan(sequences, inner, each, config.seed, config.examples_per_step)
+    replay: list[Row] = []
+    if inner.replay:
+        own = own_rows(inner.replay, target, inner.max_length, config.seed, config.replay_rows).rows
+        replay = [Row(row.ids, row.label) for row in own]
+    plan = stock_plan(sequences, inner, each, config.seed, config.examples_per_step, replay)
     model: Any = adapt(target.model, Lora.of(config.lora), config.seed) if config.lora.rank else target.model
     if side.trl:
         from dpg_cli.evidence.stock_trl import train_by_trl
@@ -193,6 +198,7 @@ def train(model: PreTrainedModel, plan: StockPlan, inner: InnerConfig, progress:
     longest = inner.max_length or max((len(row.ids) for row in plan.rows), default=0)
     optimizers = stock_optimizers(model, inner)
     schedules = [stock_schedule(optimizer, inner, len(plan.steps)) for optimizer in optimizers]
+    average = Average(model, inner)
     whole, passed = sum(map(len, plan.steps)), 0
     for taken, numbers in enumerate(plan.steps):
         batch = [plan.rows[number] for number in numbers]
@@ -207,6 +213,8 @@ def train(model: PreTrainedModel, plan: StockPlan, inner: InnerConfig, progress:
             optimizer.step()
             if taken + 1 < len(plan.steps):  # transformers' polynomial has no value after the last step
                 schedule.step()
+        average.stepped()
+    average.finish()
 
 
 def accumulate(model: PreTrainedModel, batch: Sequence[Row], total: int) -> Iterator[int]:

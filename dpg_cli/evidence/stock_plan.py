@@ -41,6 +41,7 @@ class StockPlan:
         units: what a batch is counted in: rows, or packed rows with the numbers of the rows that they hold.
         size: units of a step.
         epochs: passes, as the settings have them.
+        replays: steps hold rows of replay besides their units.
     """
 
     rows: list[Row]
@@ -48,10 +49,24 @@ class StockPlan:
     units: list[list[int]]
     size: int
     epochs: float
+    replays: bool = False
+
+    def in_order(self) -> tuple[list[Row], int]:
+        """All steps one after the other, each filled up with rows that train nothing, and how many rows each has."""
+        size = max(map(len, self.steps))
+        blank = Row(self.rows[0].ids[:1], [False])
+        return [
+            self.rows[step[place]] if place < len(step) else blank for step in self.steps for place in range(size)
+        ], size
 
 
 def stock_plan(
-    sequences: Sequence[Sequence[int] | np.ndarray], inner: InnerConfig, steps_of_epoch: int, seed: int, drawn: int = 0
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    inner: InnerConfig,
+    steps_of_epoch: int,
+    seed: int,
+    drawn: int = 0,
+    replay: Sequence[Row] = (),
 ) -> StockPlan:
     """The plan of a training.
 
@@ -61,6 +76,7 @@ def stock_plan(
         steps_of_epoch: the rows are split into so many batches of equal size.
         seed: of a shuffled order.
         drawn: examples of an inner run of the run; a step of packed rows grows in proportion. 0: as many as there are rows.
+        replay: own rows; every step takes some besides, in their order, beginning anew where they end.
     """
     rows = [Row(sequence) for sequence in sequences]
     units = [[number] for number in range(len(rows))]
@@ -75,7 +91,12 @@ def stock_plan(
         order = stock_order(len(units), inner, seed, len(steps) // each)
         for start in range(0, len(units), size):
             steps.append([number for unit in order[start : start + size] for number in units[unit]])
-    return StockPlan(rows, steps[:total], units, size, inner.epochs)
+    steps, count, taken = steps[:total], len(rows), 0
+    for step in steps if replay else ():
+        more = inner.replayed(len(step))
+        step += [count + number % len(replay) for number in range(taken, taken + more)]
+        taken += more
+    return StockPlan([*rows, *replay[:taken]], steps, units, size, inner.epochs, bool(replay))
 
 
 def stock_order(count: int, inner: InnerConfig, seed: int, epoch: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import swa_utils
 from transformers import Trainer, get_scheduler
 
 from dpg_cli.errors import UsageError
@@ -89,6 +90,32 @@ def stock_groups(model: nn.Module, inner: InnerConfig) -> list[dict[str, Any]]:
         lr = inner.lr if own is None or own.lr is None else own.lr
         groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
     return groups
+
+
+class Average:
+    """The running average of the trained weights, by torch.optim.swa_utils, where the settings ask for one.
+
+    Args:
+        model: its trained parameters are followed.
+        inner: the recipe.
+    """
+
+    def __init__(self, model: nn.Module, inner: InnerConfig) -> None:
+        self.held = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
+        fn = swa_utils.get_ema_multi_avg_fn(inner.ema)
+        self.kept = swa_utils.AveragedModel(self.held, multi_avg_fn=fn) if inner.ema else None
+
+    def stepped(self) -> None:
+        """Take in the weights after a step."""
+        if self.kept is not None:
+            self.kept.update_parameters(self.held)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the average in the place of the weights."""
+        if self.kept is not None:
+            for parameter, average in zip(self.held, self.kept.module.parameters(), strict=True):
+                parameter.copy_(average)
 
 
 def stock_schedule(optimizer: torch.optim.Optimizer, inner: InnerConfig, steps: int) -> Any:

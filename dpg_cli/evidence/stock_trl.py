@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from dpg_cli.evidence.stock_plan import Row, StockPlan
-from dpg_cli.evidence.stock_recipe import SCHEDULES, schedule_options, stock_optimizers
+from dpg_cli.evidence.stock_recipe import SCHEDULES, Average, schedule_options, stock_optimizers
 from dpg_cli.models.hub import require
 from dpg_cli.settings.config import Config
 from dpg_cli.settings.inner import InnerConfig
@@ -72,15 +72,17 @@ def train_by_trl(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    micro = next(count for count in range(min(at_once, plan.size), 0, -1) if plan.size % count == 0)
+    rows, size = plan.in_order() if plan.replays else (plan.rows, plan.size)
+    micro = next(count for count in range(min(at_once, size), 0, -1) if size % count == 0)
     double = next(model.parameters()).dtype == torch.float64
-    watch = _watcher(plan, progress)
+    average = Average(model, inner)
+    watch = _watcher(plan, average, progress)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         datasets.disable_progress_bars()
         trainer = trl.SFTTrainer(
             model,
-            trl.SFTConfig(folder, **arguments(plan, inner, seed, micro, _device_of(model))),
-            train_dataset=datasets.Dataset.from_list([_record(row) for row in plan.rows]),
+            trl.SFTConfig(folder, **arguments(plan, inner, seed, size, micro, _device_of(model))),
+            train_dataset=datasets.Dataset.from_list([_record(row) for row in rows]),
             processing_class=tokenizer,
             compute_loss_func=mean_loss if double else None,
             callbacks=[watch],
@@ -88,6 +90,7 @@ def train_by_trl(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    average.finish()
     steps = trainer.state.global_step
     assert steps == len(plan.steps), f"{steps} steps in place of {len(plan.steps)}"
     return trainer.model.eval()
@@ -100,8 +103,18 @@ def plainly(inner: InnerConfig) -> bool:
     return plain and decays and not inner.groups
 
 
-def arguments(plan: StockPlan, inner: InnerConfig, seed: int, micro: int, device: torch.device) -> dict[str, Any]:
-    """The recipe in the words of SFTConfig."""
+def arguments(
+    plan: StockPlan, inner: InnerConfig, seed: int, size: int, micro: int, device: torch.device
+) -> dict[str, Any]:
+    """The recipe in the words of SFTConfig.
+
+    Args:
+        plan: with replay its steps are given in their order, as one epoch.
+        inner: the recipe.
+        seed: of the order.
+        size, micro: rows of a step and of a micro-batch.
+        device: where it trains.
+    """
     packs = bool(inner.packed_rows)
     return {
         "optim": "sgd" if inner.optimizer == "sgd" else "adamw_torch",
@@ -115,10 +128,10 @@ def arguments(plan: StockPlan, inner: InnerConfig, seed: int, micro: int, device
         "warmup_steps": inner.warmup if inner.warmup < 1 else int(inner.warmup),
         "max_grad_norm": inner.max_grad_norm,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": plan.size // micro,
-        "num_train_epochs": plan.epochs,
+        "gradient_accumulation_steps": size // micro,
+        "num_train_epochs": 1.0 if plan.replays else plan.epochs,
         "max_steps": inner.max_steps or -1,
-        "train_sampling_strategy": "random" if inner.order == "shuffled" else "sequential",
+        "train_sampling_strategy": "random" if inner.order == "shuffled" and not plan.replays else "sequential",
         "seed": seed,
         "data_seed": seed,
         "packing": packs,
@@ -153,13 +166,14 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _watcher(plan: StockPlan, progress: Callable[[int, int], None]) -> transformers.TrainerCallback:
-    """A callback that tells how far the training is."""
+def _watcher(plan: StockPlan, average: Average, progress: Callable[[int, int], None]) -> transformers.TrainerCallback:
+    """A callback that follows the weights and tells how far the training is."""
     done = [0]
     whole = sum(map(len, plan.steps))
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            average.stepped()
             done[0] += len(plan.steps[state.global_step - 1])
             progress(done[0], whole)
 

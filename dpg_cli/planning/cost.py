@@ -6,7 +6,7 @@ The counts are those of `scaling.py`.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,8 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
     built = build(config, named_metric)
     generator, target = built.players.generator, built.players.target
     job = job_of(config, Size.of(generator), Size.of(target), prompt_tokens(built))
+    if built.spec.replay is not None:  # whose rows may be longer
+        job = replace(job, target_tokens=max(job.target_tokens, built.spec.replay.examples.ids_N_S.shape[1]))
     predicted = predict(job, this_device(built.device), processes)
     need = need_of(job, processes)
     # The metagradient and the policy step follow each other: the larger of the two counts.

@@ -46,6 +46,7 @@ class Need:
         batch: rows of an inner batch.
         metric_tokens: that the metric reads.
         queries: Q, of one walk.
+        averaged: it reads an average of the weights, whose derivative is kept.
     """
 
     parameters: int
@@ -61,6 +62,7 @@ class Need:
     batch: int
     metric_tokens: int = 0
     queries: int = 1
+    averaged: bool = False
 
     @classmethod
     def of(
@@ -92,7 +94,8 @@ class Need:
             "sqrt": 3 * -(-self.steps // segment) + 4 * segment + 4,
             "offload": 9,
         }
-        return min(kept[self.states], kept["keep"]) + (3 * self.queries - 2 if self.queries > 1 else 0)
+        more = 3 * self.queries - 2 if self.queries > 1 else 0
+        return min(kept[self.states], kept["keep"]) + more + self.averaged * self.queries
 
     @property
     def bytes(self) -> float:

@@ -117,6 +117,7 @@ class Job:
     attributed: bool = True
     extra_runs: int = 0
     element: int = 4
+    averaged: bool = False
     passes: float = 1.0
 
     @property
@@ -179,6 +180,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
     method = config.attribution.method
     several = method == "metagradient" and config.attribution_runs > 1
     batch = min(config.inner.batch_size * config.inner.accumulation, config.examples_per_step)
+    batch += config.inner.replayed(batch)
     if config.inner.packed_rows:
         batch = -(
             -config.examples_per_step // config.inner.steps_of_epoch(config.examples_per_step, longest_of(config))
@@ -202,6 +204,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         labels=config.credit.mode == "expected",
         attributed=method in ("metagradient", "sgd"),
         extra_runs=int(several or method in ("sgd", "naive")),
+        averaged=bool(config.inner.ema),
         element=8 if config.models.dtype == "float64" else 4,
         passes=config.inner_steps / -(-config.examples_per_step // batch),
     )
@@ -260,6 +263,7 @@ def need_of(job: Job, world: int = 1) -> Need:
         heads=job.target.heads,
         vocabulary=job.target.vocabulary,
         batch=-(-job.inner_batch // world),
+        averaged=job.averaged,
     )
 
 

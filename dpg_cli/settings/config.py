@@ -265,6 +265,14 @@ class Config(Section):
         return self.inner.steps(self.examples_per_step, length)
 
     @property
+    def replay_rows(self) -> int:
+        """Own rows that the longest inner run takes, that on an outer step's completions or on the dataset."""
+        inner, most = self.inner, max(self.examples_per_step, self.dataset.examples)
+        steps = self.inner_steps
+        each = -(-most // max(1, inner.steps_of_epoch(self.examples_per_step)))
+        return steps * inner.replayed(each)
+
+    @property
     def attribution_runs(self) -> int:
         """Inner runs that an outer step's completions are attributed in."""
         return self.attribution.inner_runs or (1 if self.attribution.cross_group else self.rollout.group_size)
@@ -376,6 +384,14 @@ def _target_faults(config: Config) -> str:
             f"inner.packed_rows: rows of {rows} tokens do not hold completions of up to {longest}; set it to at least "
             f"{longest + 1}, or cut examples with inner.max_length"
         )
+    natural, soft = config.policy.step == "natural", config.inner.labels == "soft"
+    if config.inner.replay and (natural or soft or bool(getattr(config.metric, "margin", 0)) or config.stop.predicted):
+        return (
+            "inner.replay: its rows have tokens and no distribution, which inner.labels = 'soft', policy.step = 'natural', "
+            "metric.margin and stop.predicted ask for; leave it out, or set labels = 'drawn', step = 'adamw' and the others to 0"
+        )
+    if config.inner.replay and config.task == "attribute":
+        return "inner.replay: is for `dpg run`; what is attributed is your own data already: put all of it into DATA"
     if not config.lora.rank:
         return ""
     if config.models.redraw_target:

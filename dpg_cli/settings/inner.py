@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -114,6 +115,16 @@ class InnerConfig(Section):
         description="a batch is batch_size rows of at most so many tokens, filled with whole examples as TRL's packing fills "
         "them; 0: it is batch_size examples",
     )
+    replay: str = Field(
+        "", description="a source of own rows, of which every step takes some besides: trained on, without credit"
+    )
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="their share of each inner step's examples"
+    )
+    ema: Decay = Field(
+        0.0,
+        description="the metric reads a running average of the weights over the steps, with this decay; 0: the last ones",
+    )
     normalization: Literal["token", "example"] = "token"
     max_length: Count = Field(
         0, description="examples are cut, and for `example` padded, to so many tokens of the target; 0: as they come"
@@ -144,6 +155,11 @@ class InnerConfig(Section):
     def steps(self, count: int, length: int = 0) -> int:
         """T: inner steps of a run on `count` examples; see `steps_of_epoch`."""
         return self.max_steps or math.ceil(self.epochs * self.steps_of_epoch(count, length))
+
+    def replayed(self, own: int) -> int:
+        """Own rows that join a step with so many completions."""
+        share = self.replay_share
+        return max(1, round(own * share / (1 - share))) if share else 0
 
     def in_words(self, steps: int) -> str:
         """The recipe as anybody could repeat it, without the steps' examples.
@@ -181,7 +197,11 @@ class InnerConfig(Section):
         passes = "each used once" if self.epochs == 1 else f"{self.epochs:g} epochs"
         passes = "as often as that takes" if self.max_steps else passes
         counted = f"{steps} optimiser step{'s' if steps > 1 else ''}"
-        return f"{', '.join(words)}; {counted} over all rows {order}, {passes}"
+        besides = (
+            f"; {self.replay_share:.0%} of each step's rows are of {Path(self.replay).name}" if self.replay else ""
+        )
+        besides += f"; read at the running average of the weights, decay {self.ema:g}" if self.ema else ""
+        return f"{', '.join(words)}; {counted} over all rows {order}, {passes}{besides}"
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> InnerConfig:
@@ -189,6 +209,16 @@ class InnerConfig(Section):
             raise ValueError(
                 "nesterov looks ahead along a momentum; set optimizer = 'sgd' or 'muon', and a momentum above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_is_whole(self) -> InnerConfig:
+        if bool(self.replay) != bool(self.replay_share):
+            raise ValueError(
+                "replay_share: replay needs a source and its share of each step; set both, inner.replay and inner.replay_share"
+            )
+        if self.replay and self.packed_rows:
+            raise ValueError("packed_rows: a step of packed rows has no share for replay; set one of the two")
         return self
 
     @model_validator(mode="after")

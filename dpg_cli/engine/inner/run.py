@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state
+from dpg_cli.engine.inner.recipe.average import averaged
 from dpg_cli.engine.inner.recipe.plan import Plan
 from dpg_cli.engine.inner.recipe.spec import Recipe
 from dpg_cli.engine.inner.recipe.stepper import Stepper
@@ -38,7 +39,7 @@ class InnerRun:
         tape: the steps that were made; `reverse` uses it up. Its gradients are the clipped ones.
         plan: the examples of each of T steps.
         stepper: the recipe's optimiser step.
-        theta: θ_T.
+        theta: θ_T, or the average of the weights over the steps where the recipe has one.
         losses: of each step that was made.
         norms: |g_t| of each before clipping; 0 without clipping.
         gradient_median: median |g| of the first over parameters with a gradient (of an even sample), after clipping.
@@ -135,6 +136,7 @@ def inner_run(
     else:
         state = initial_state(recipe.optimizer, theta)
     del theta
+    average: Tensor | None = None
     for number in range(begin + (0 if known is None else known.done), total):
         remembered = Remembered() if remember and memory == "keep" else None
         grad, loss, norm = gradient(number, state.theta, remembered)
@@ -147,9 +149,12 @@ def inner_run(
             course.gradient_median = gradient_median(grad)
         state = stepper.update(state, grad, number, last=number == total - 1)
         del grad
+        if recipe.ema:
+            average = averaged(average, state.theta, recipe.ema)
         if progress is not None:
             progress("forward", number - begin + 1, total - begin)
-    return InnerRun(tape, plan, stepper, state.theta, course.losses, course.norms, course.gradient_median, begin)
+    final = state.theta if average is None else average
+    return InnerRun(tape, plan, stepper, final, course.losses, course.norms, course.gradient_median, begin)
 
 
 def weights_of(weights_N: Tensor, rows: slice | Tensor) -> Tensor:

@@ -147,6 +147,7 @@ def _unrolled(
     spec, gradients, matrices = recipe.optimizer, [], hidden_matrices(model)
     steps = (plan or recipe.batches.plan(len(examples))).rows
     peaks = recipe.settings(model) or {}  # lr and λ by parameter name, where they differ
+    average: dict[str, Tensor] = {}
     factors = recipe.schedule.factors(len(steps), spec.lr)
     for t, rows in enumerate(steps):
         loss_B_S_V = token_losses(model, theta, ids[rows], examples.attention_N_S[rows], labels)
@@ -162,6 +163,10 @@ def _unrolled(
             lr, decay = peaks.get(name, (spec.lr, spec.weight_decay))
             at = At(t, lr * factors[t], decay)
             theta[name], moments[name] = own(spec, at, theta[name], grad, moments[name])
+            average[name] = (  # begins at θ_1
+                recipe.ema * average[name] + (1 - recipe.ema) * theta[name] if recipe.ema and t else theta[name]
+            )
+    theta = average
     value = metric(theta, model)
     (tau,) = torch.autograd.grad(value, w)
 

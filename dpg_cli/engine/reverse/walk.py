@@ -2,6 +2,7 @@
 
     (θ̄, m̄, v̄)_{t+1}  --adjoint of U_t and of the clip-->  ḡ_t and direct parts of (θ̄, m̄, v̄)_t
     τ_is = mask_is <ḡ_t, ∇ℓ_is(θ_t)> / Z_t,        θ̄_t += ∇_θ <ḡ_t, ∇L_t(θ_t)>   (not at t = 0)
+    where Φ reads an average of the weights, θ̄_t += c_t ∂Φ (`recipe/average.py`)
 
 An example's credit is the sum over its visits. Source: DESIGN §2, step 4. Adjoints are written over the states that they
 replace.
@@ -98,6 +99,10 @@ def reverse(
     tokens, bars, each = point.token_Q_N_S, point.bars, point.visits
     every: Tensor | None = None
     total, stepper, queries = len(trace.plan) - trace.start, trace.stepper, len(point.bars)
+    shares = stepper.shares  # of θ_1 … θ_T in what Φ read: each gets its part of ∂Φ once the walk has come to it
+    pulls = [] if shares[-1] == 1 else [bar.theta.clone() for bar in bars]
+    for bar in bars if pulls else ():
+        bar.theta.mul_(shares[-1])
     stats: dict[str, float] = {}
     left = total if point.left < 0 else point.left
     for place in reversed(range(left)):
@@ -140,6 +145,8 @@ def reverse(
                 remembered=remembered,
                 sink=sink,
             )
+            if pulls and place:
+                bar.theta.add_(pulls[query], alpha=shares[number - 1])
             if last:
                 del before, remembered  # before the tape makes the next state
             del theta, grad_bar, bar

@@ -34,6 +34,7 @@ class Recipe:
         batches: which examples each step takes.
         normalization: Z_t: valid tokens of the whole step ("token", as transformers), or its examples × length ("example").
         precision: of the backbone's linear maps.
+        ema: decay of the running average of the weights that Φ reads (`average.py`); 0 reads the last ones.
 
     Example:
         >>> Recipe(OptimizerSpec(lr=2e-5), Schedule("cosine", warmup=0.05), max_grad_norm=1.0, batches=Batches(32, epochs=3))
@@ -46,10 +47,13 @@ class Recipe:
     batches: Batches = field(default_factory=Batches)
     normalization: Normalization = "token"
     precision: Precision = "float32"
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm must not be negative, got {self.max_grad_norm}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.normalization not in ("token", "example"):
             raise ValueError(f"unknown normalization {self.normalization!r}; there are 'token' and 'example'")
         if self.precision not in ("float32", "bf16"):

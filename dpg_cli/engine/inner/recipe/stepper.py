@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpg_cli.engine.inner.optimizers import Rates, State, adjoint, ranges_of, update
+from dpg_cli.engine.inner.recipe.average import shares
 from dpg_cli.engine.inner.recipe.clipping import clip_, clip_adjoint_, coefficient
 from dpg_cli.engine.inner.recipe.spec import Recipe
 from dpg_cli.engine.inner.target import TargetRun
@@ -28,6 +29,7 @@ class Stepper:
     def __init__(self, run: TargetRun, recipe: Recipe, total: int) -> None:
         self.spec, self.limit = recipe.optimizer, recipe.max_grad_norm
         self.factors = recipe.schedule.factors(total, recipe.optimizer.lr)
+        self.shares = shares(recipe.ema, total)  # of θ_1 … θ_T in the weights that Φ reads
         self.peaks = ranges_of(recipe.optimizer, run.space, run.model, recipe.settings(run.model))
 
     def rates(self, number: int) -> Rates:
