@@ -128,6 +128,45 @@ def test_packed_rows_of_completions(tmp_path: Path) -> None:
     assert len(doubled) in (steps - 1, steps, steps + 1)
 
 
+def test_replay_and_averaged_weights_in_a_run(tmp_path: Path) -> None:
+    """Own rows join every step, in one seeded order; what `dpg verify` trains is the run's target."""
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": f"Anna sees {n} cats."}) + "\n" for n in range(9)), encoding="utf-8")
+    config = settings("l2-shrink", "steps=1", f"inner.replay='{own}'", "inner.replay_share=0.25", "inner.ema=0.6")
+    built = build(config)
+    replay = built.spec.replay
+    assert replay is not None and replay.count(8) == 3 and config.replay_rows == 2 * 3
+    assert len(replay.examples) == 6  # of nine: no more are taken
+    assert any("replay of 6 of 9 rows" in note for note in built.notes)
+    folder = RunFolder(tmp_path / "run")
+    execute(config, folder)
+    rows = read_input_ids(folder.dataset / "train.parquet")
+    fresh, steps = train_fresh(config, rows, CPU)
+    start, merged = load_target(config.models, CPU).model, weights(folder.target)
+    assert steps == 2
+    assert moved_apart(dict(fresh.model.named_parameters()), merged, start) < 1e-4
+    without = config.model_copy(update={"inner": config.inner.model_copy(update={"replay": "", "replay_share": 0.0})})
+    assert moved_apart(dict(train_fresh(without, rows, CPU)[0].model.named_parameters()), merged, start) > 1e-2
+    assert "25% of each step's rows are of own.jsonl" in (folder.dataset / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["inner.replay=x.jsonl"], "set both"),
+        (["inner.replay_share=0.5"], "set both"),
+        (["inner.replay=x.jsonl", "inner.replay_share=0.5", "inner.packed_rows=64"], "no share for replay"),
+        (["inner.replay=x.jsonl", "inner.replay_share=0.5", "inner.labels=soft"], "no distribution"),
+        (["inner.replay=x.jsonl", "inner.replay_share=0.5", "task=attribute"], "dpg run"),
+        (["inner.replay_share=1"], "inner.replay_share"),
+        (["inner.ema=1"], "inner.ema"),
+    ],
+)
+def test_replay_that_makes_no_sense_is_refused(more: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings("l2-shrink", *more)
+
+
 def test_the_dry_run_counts_adapters() -> None:
     whole, few = estimate(settings("l2-shrink")), estimate(
         settings("l2-shrink", *LORA, "metric.parameter='transformer.h.1.mlp.c_fc.weight'")
