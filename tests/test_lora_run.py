@@ -94,7 +94,7 @@ def test_an_adapter_lies_beside_the_merged_target_and_a_run_goes_on(tmp_path: Pa
 
 
 def test_text_is_read_through_the_adapters() -> None:
-    config = settings("language-rephrase", *LORA, "metric.language='es'", "models.dtype=float64")
+    config = settings("language-rephrase", *LORA, "metric.language='es'", "metric.documents=4", "models.dtype=float64")
     built = build(config)
     target, rows = built.players.target, [[5, 9, 3, 7], [8, 2, 4, 4, 1], [6, 6, 3]]
     recipe = replace(built.spec.recipe, batches=replace(built.spec.recipe.batches, size=2))
