@@ -10,6 +10,7 @@ from typing import Any
 
 from dpg_cli.recipes import trl
 from dpg_cli.recipes.reader import Reader, Understood
+from dpg_cli.settings.optimizers import why_not
 
 NOTHING = (
     *(
@@ -116,7 +117,8 @@ def optimizer(reader: Reader) -> None:
     inner = Reader(part, reader.kind)
     kind = {"torch.optim.AdamW": "adamw", "torch.optim.Adam": "adam", "torch.optim.SGD": "sgd"}.get(name)
     if kind is None:
-        reader.faults.append(f"optimizer = {name}: only torch.optim's AdamW, Adam and SGD are followed")
+        why = why_not(name) or "only torch.optim's AdamW, Adam and SGD are followed"
+        reader.faults.append(f"optimizer = {name}: {why}")
         return
     reader.put("inner.optimizer", kind, f"optimizer: {name}")
     lr = inner.number("lr", 1e-3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpg_cli.recipes.reader import Reader, Understood
+from dpg_cli.settings.optimizers import why_not
 
 SFT = {
     *("max_length", "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss"),
@@ -129,6 +130,7 @@ SCHEDULES = {  # theirs: ours
     "warmup_stable_decay": "stable-decay",
 }
 ADAMWS = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_apex_fused")
+PAGED = ("paged_adamw", "paged_adamw_32bit")  # AdamW in full precision, its states in pageable memory
 UNKNOWN = "not a setting of this trainer that is known here; whether it changes the numbers cannot be told"
 NO_DROPOUT = "the inner run has no dropout: its derivative would be of one draw of it"
 
@@ -181,7 +183,13 @@ def optimizer(reader: Reader, lr: float) -> None:
     """Optimiser, learning rate, decay and clipping."""
     name = str(reader.take("optim", "adamw_torch_fused")).removeprefix("OptimizerNames.").lower()
     value = reader.number("learning_rate", lr)
-    if name in ADAMWS:
+    paged = name in PAGED
+    if paged and reader.left.get("weight_decay"):
+        reader.faults.append(
+            f"optim = {name}: with weight_decay its CUDA kernel decays the weights after the update, torch before it; "
+            "only without decay is it AdamW"
+        )
+    if name in ADAMWS or paged:
         reader.put("inner.optimizer", "adamw", f"optim: {name}")
         first, second = reader.number("adam_beta1", 0.9), reader.number("adam_beta2", 0.999)
         reader.put("inner.beta1", first, f"adam_beta1: {first:g}")
@@ -194,7 +202,8 @@ def optimizer(reader: Reader, lr: float) -> None:
         reader.put("inner.momentum", 0.0, "optim: sgd")
         reader.ignore(("adam_*",))
     else:
-        reader.faults.append(f"optim = {name}: only AdamW in full precision and SGD are followed exactly")
+        why = why_not(name) or "only AdamW in full precision and SGD are followed exactly"
+        reader.faults.append(f"optim = {name}: {why}")
         reader.ignore(("adam_*",))
     reader.put("inner.lr", value, f"learning_rate: {value:g}")
     decay = reader.number("weight_decay", 0.0)

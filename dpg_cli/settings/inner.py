@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dpg_cli.settings.faults import cut
 from dpg_cli.settings.metric_options import Count, Decay, NonNegative, Positive, PositiveInt, Section
+from dpg_cli.settings.optimizers import why_not
 
 
 class GroupConfig(Section):
@@ -202,6 +204,14 @@ class InnerConfig(Section):
         )
         besides += f"; read at the running average of the weights, decay {self.ema:g}" if self.ema else ""
         return f"{', '.join(words)}; {counted} over all rows {order}, {passes}{besides}"
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _has_a_derivative(cls, value: Any) -> Any:
+        why = why_not(value) if isinstance(value, str) else ""
+        if why:
+            raise ValueError(f"{cut(value)} cannot be differentiated: {why}; take adamw, adam, sgd or muon")
+        return value
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> InnerConfig:
