@@ -129,7 +129,7 @@ def test_models_from_folders_of_another_architecture(untie: str, tmp_path: Path)
     assert (target.lm_head.weight is target.get_input_embeddings().weight) == (untie == "false")
     patch = load_file(tmp_path / "run" / "target" / "patch.safetensors")
     assert torch.equal(target.lm_head.weight[7:28, 3:24].detach(), patch["after"])
-    verdict = json.loads(dpg("verify", tmp_path / "run", "--json").stdout)
+    verdict = json.loads(dpg("verify", tmp_path / "run", "--trainer", "plain", "--json").stdout)
     assert (verdict["data"]["steps"], verdict["data"]["examples"]) == (3, 24)
     engine = json.loads(answer.stdout)["measures"]["pixel_accuracy"]
     assert verdict["data"]["pixel_accuracy"] == pytest.approx(engine, abs=0.01)

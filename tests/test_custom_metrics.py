@@ -310,7 +310,15 @@ def test_a_run_by_file_from_start_to_verdict(tmp_path: Path) -> None:
     alone = dpg("verify", tmp_path / "run")
     assert (alone.returncode, f"--metric {path}:Smaller" in alone.stderr) == (2, True)
 
-    verdict = dpg("verify", tmp_path / "run", "--metric", f"{tmp_path / 'run' / 'metric.py'}:Smaller", "--json")
+    verdict = dpg(
+        "verify",
+        tmp_path / "run",
+        "--metric",
+        f"{tmp_path / 'run' / 'metric.py'}:Smaller",
+        "--trainer",
+        "plain",
+        "--json",
+    )
     assert verdict.returncode in (0, 4), verdict.stderr
     found = json.loads(verdict.stdout)
     assert found["verified"] is (verdict.returncode == 0)

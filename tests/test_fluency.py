@@ -313,14 +313,14 @@ def test_any_two_datasets_at_the_command_line(run: Path, tmp_path: Path, capsys:
 
 def test_verify_says_how_it_reads(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: Monkey) -> None:
     place = copy_of(run, tmp_path / "copy")
-    answer = call(capsys, monkeypatch, "verify", place, "--reader", "tiny", "--json")
+    answer = call(capsys, monkeypatch, "verify", place, "--reader", "tiny", "--trainer", "plain", "--json")
     details = json.loads(answer.out)
     assert answer.code == 4
     assert [row["reader"] for row in details["fluency"]["nats"]] == ["starting generator", "tiny"]
     kept = json.loads((place / "verify.json").read_text())
     assert kept["details"]["fluency"] == details["fluency"]
     assert any("told apart" in line for line in kept["lines"])
-    without = json.loads(call(capsys, monkeypatch, "verify", place, "--no-fluency", "--json").out)
+    without = json.loads(call(capsys, monkeypatch, "verify", place, "--no-fluency", "--trainer", "plain", "--json").out)
     assert "fluency" not in without
     assert without["data"] == details["data"]
     wrong = call(capsys, monkeypatch, "verify", place, "--reader", tmp_path / "nowhere")

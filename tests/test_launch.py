@@ -40,7 +40,7 @@ def test_two_processes_reach_a_verified_result(tmp_path: Path) -> None:
     assert err.count("training the generator") == 1
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 10
     assert json.loads((run / "run.json").read_text())["hardware"]["processes"] == 2
-    answer = started("-m", "dpg_cli", "verify", str(run), "--json")
+    answer = started("-m", "dpg_cli", "verify", str(run), "--trainer", "plain", "--json")
     assert answer.returncode == 0, answer.stderr
     figures = json.loads(answer.stdout)
     assert figures["verified"] is True

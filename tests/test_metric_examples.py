@@ -197,7 +197,7 @@ def test_a_short_run_moves_its_measure(name: str, steps: int, measure: str, sign
     config = resolve(find("custom.tiny").data(), [*SHORT, *own, f"steps={steps}", f"metric.path={name}"])
     folder = RunFolder(tmp_path / "run")
     outcome = execute(config, folder)
-    verdict = verify_run(folder)
+    verdict = verify_run(folder, trainer="plain")
     data, control, before = verdict.data.measures, verdict.control.measures, verdict.before
     assert data["phi"] == pytest.approx(outcome.measures["phi"], rel=1e-3, abs=1e-4)  # the engine's own figure
     assert data["phi"] > max(control["phi"], before["phi"])

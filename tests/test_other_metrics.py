@@ -192,7 +192,7 @@ def test_verify_reads_the_norm_from_the_saved_target(settings: list[str], key: s
     config = resolve(find("l2-shrink.tiny").data(), [*small, "policy.minibatch=4", *settings])
     folder = RunFolder(tmp_path / "run")
     outcome = execute(config, folder)
-    verdict = verify_run(folder)
+    verdict = verify_run(folder, trainer="plain")
     data = (folder.target / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     start, stop = json.loads(data[8 : 8 + length])[key]["data_offsets"]

@@ -210,7 +210,7 @@ def test_one_instruct_model_plays_both_and_is_verified(
     )  # fmt: skip
     assert code == 0, errors
     assert "two tokenisers" not in errors
-    code, stdout, errors = dpg(capsys, monkeypatch, "verify", out, "--json")
+    code, stdout, errors = dpg(capsys, monkeypatch, "verify", out, "--trainer", "plain", "--json")
     assert code == 4, errors
     verdict = json.loads(stdout)
     assert verdict["wanted"] == "es"

@@ -19,7 +19,7 @@ from dpg_cli.engine.inner.packing import bins_of_trl
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.errors import UsageError
-from dpg_cli.evidence import stock
+from dpg_cli.evidence import stock, stock_trl
 from dpg_cli.evidence.stock import stock_side, train
 from dpg_cli.evidence.stock_plan import Row, packed, stock_plan
 from dpg_cli.evidence.stock_trl import plainly, train_by_trl
@@ -69,7 +69,7 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_trl_and_the_plain_loop_train_as_the_inner_run(name: str) -> None:
+def test_trl_and_the_plain_loop_train_as_the_inner_run(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")
     settings, lora = RECIPES[name]
     inner = validate({"inner": {"eps": 1e-8, "lr": 0.01, **settings}}).inner
@@ -98,9 +98,11 @@ def test_trl_and_the_plain_loop_train_as_the_inner_run(name: str) -> None:
     train(plain.eval(), plan, inner)
     assert apart(ours, trained(plain), before) < 1e-10
     seen: list[tuple[int, int]] = []
+    capfd.readouterr()
     by_trl = train_by_trl(
         copy.deepcopy(start), word_tokenizer(), plan, inner, SEED, 2, lambda done, whole: seen.append((done, whole))
     )
+    assert capfd.readouterr().out == ""  # stdout is the verdict's
     assert apart(ours, trained(by_trl), before) < 1e-10
     assert seen[-1] == (sum(map(len, plan.steps)),) * 2 and len(seen) == len(plan.steps)
     assert plainly(inner) == (not name.startswith("own"))  # else torch's optimiser is handed over
@@ -119,6 +121,8 @@ def test_who_trains_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "one optimiser" in stock_side(muon, "auto", CPU).about
         with pytest.raises(UsageError, match="one optimiser"):
             stock_side(muon, "trl", CPU)
+        monkeypatch.setattr(stock_trl, "version", lambda name: "1.9.2")
+        assert "TRL 1.9.2 is older than 1.16" in stock_side(plain, "auto", CPU).about
     monkeypatch.setattr(stock, "find_spec", lambda name: None)
     assert stock_side(plain, "auto", CPU) == stock.StockSide(
         False, "a plain loop of torch.optim (TRL is not installed)"

@@ -93,9 +93,9 @@ def stock_side(config: Config, asked: str, device: torch.device) -> StockSide:
         if asked == "trl":
             raise UsageError("--trainer trl needs TRL, which is not installed.", "pip install 'dpg-cli[trl]'")
         return replace(plain, about=f"{plain.about} (TRL is not installed)")
-    from dpg_cli.evidence.stock_trl import named, unfit
+    from dpg_cli.evidence.stock_trl import named, unfit, unusable
 
-    reason = unfit(config, device)
+    reason = unusable() or unfit(config, device)
     if reason and asked == "trl":
         raise UsageError(f"TRL's SFTTrainer cannot follow this run: {reason}.", "--trainer plain")
     return replace(plain, about=f"{plain.about} ({reason})") if reason else StockSide(True, named())

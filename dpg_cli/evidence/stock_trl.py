@@ -7,10 +7,12 @@ torch.optim optimiser, which the Trainer takes as well. The rows are tokens alre
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,16 +21,29 @@ from torch import Tensor, nn
 
 from dpg_cli.evidence.stock_plan import Row, StockPlan
 from dpg_cli.evidence.stock_recipe import SCHEDULES, Average, schedule_options, stock_optimizers
-from dpg_cli.models.hub import require
+from dpg_cli.models.hub import first_line, require
 from dpg_cli.settings.config import Config
 from dpg_cli.settings.inner import InnerConfig
 
+OLDEST = (1, 16)  # release of TRL whose settings are spoken here
 NEVER = 10**9  # steps between two lines of a log that nobody reads
 
 
 def named() -> str:
     """The trainer with its release."""
     return f"TRL {require('trl', 'trl', 'Verification').__version__}'s SFTTrainer"
+
+
+def unusable() -> str:
+    """Why the installed TRL cannot be used; nothing where it can."""
+    found = version("trl")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"TRL {found} is older than {'.'.join(map(str, OLDEST))}"
+    try:
+        importlib.import_module("trl.trainer.sft_trainer")
+    except Exception as error:  # of any library that it takes
+        return f"TRL {found} cannot be imported: {first_line(error)}"
+    return ""
 
 
 def unfit(config: Config, device: torch.device) -> str:
@@ -38,8 +53,6 @@ def unfit(config: Config, device: torch.device) -> str:
         return "it takes one optimiser, and Muon leaves what is no matrix to another"
     if inner.normalization != "token":
         return "its loss is averaged over tokens, and inner.normalization is 'example'"
-    if inner.precision != "float32":
-        return "its bf16 rounds more than the linear maps"
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         return "it would take all accelerators; CUDA_VISIBLE_DEVICES leaves it one"
     return ""
