@@ -15,6 +15,7 @@ from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpg_cli.engine import Examples
+from dpg_cli.models.lora import Lora, adapt
 from dpg_cli.tiny import world
 
 VOCAB = 29
@@ -77,6 +78,26 @@ def make_examples(n: int, *, shortest: int = 2, longest: int = 9, seed: int = 0)
     return Examples.from_sequences(
         [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths], pad_id=VOCAB - 1
     )
+
+
+def make_uneven(n: int = 15, *, longest: int = 20, seed: int = 1) -> Examples:
+    """n sequences, mostly short, one as long as any: what packing is for."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = [longest, *torch.randint(1, 9, (n - 1,), generator=rng).tolist()]
+    return Examples.from_sequences(
+        [torch.randint(0, VOCAB, (length,), generator=rng).tolist() for length in lengths], pad_id=VOCAB - 1
+    )
+
+
+def make_adapted(architecture: str, lora: Lora, *, moved: bool = True) -> nn.Module:
+    """A small target with adapters beside its frozen base; `moved`: B is not zero, so that every path is felt."""
+    model = adapt(make_target(architecture, tied=False), lora, 1).eval()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if moved and "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
+    return model
 
 
 @dataclass
