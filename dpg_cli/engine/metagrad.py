@@ -233,7 +233,8 @@ def _attributed(
     if recipe.ema and (journal is not None or start is not None):
         what = "is not kept with progress" if start is None else "at a checkpoint is not known"
         raise BadValueError(
-            f"The running average of the weights {what}.", "Set inner.ema = 0, or inner.states = 'keep' and no checkpoint."
+            f"The running average of the weights {what}.",
+            "Set inner.ema = 0, or inner.states = 'keep' and no checkpoint.",
         )
     with recipe.prepared(model) as (target, notes):
         given = accepted(target, examples, optimizer, weights_N)

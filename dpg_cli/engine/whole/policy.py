@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ class WholePolicy(TrustRegion):
 
     def rows(self, mask_N_K: Tensor) -> Tensor:
         """The completions that a step is taken from: evenly spread ones."""
-        vocabulary = self.model.get_output_embeddings().out_features
+        head: Any = self.model.get_output_embeddings
+        vocabulary = head().out_features
         most = self.spec.tokens or min(MOST, max(1, KEPT // vocabulary))
         count = max(1, most * len(mask_N_K) // max(1, int(mask_N_K.sum())))
         return spread(torch.arange(len(mask_N_K), device=mask_N_K.device), count)
@@ -167,7 +169,8 @@ class WholePolicy(TrustRegion):
 
     def side(self, contexts: Contexts, theta: Tensor) -> Side:
         """What the tokens' distributions at θ are made of."""
-        return contexts.hidden(theta), *(None if part is None else part.detach() for part in contexts.weights(theta))
+        weight, bias = contexts.weights(theta)
+        return contexts.hidden(theta), weight.detach(), None if bias is None else bias.detach()
 
     def keep_to_budget(self, contexts: Contexts, begun: Side, temperature: float) -> float:
         """Scale the change since the start down to the budget, where it is beyond; KL(π ‖ π_start) then, nats a token.
