@@ -277,7 +277,14 @@ def test_reserved_names_are_those_of_the_log() -> None:
     built = build(validate({**config.model_dump(mode="json"), **small}))
     report = outer_step(built.players, built.spec, built.prompts.at(0), 0)
     logged = {name for name in report.numbers if not name.startswith("policy_")}
-    not_always = {"well_formed", "well_formed_asked", "sgd_lr", "phi_runs_mean", "phi_runs_std"}  # see test_tracking
+    not_always = {
+        "well_formed",
+        "well_formed_asked",
+        "sgd_lr",
+        "phi_runs_mean",
+        "phi_runs_std",
+        "phi_z",
+    }  # see test_tracking
     assert (logged - {"phi"} - report.result.measures.keys()) | not_always == RESERVED
 
 

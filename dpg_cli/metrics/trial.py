@@ -21,7 +21,7 @@ from dpg_cli.settings.config import CustomOptions
 RESERVED = frozenset(
     {"step", "reward_mean", "reward_std", "reward_within_groups", "dead_groups", "gradient_median", "entropy", "lr"}
     | {"examples", "tokens", "completion_tokens", "well_formed", "well_formed_asked"}
-    | {"same_completions", "sign_share", "elasticity", "sgd_lr", "phi_runs_mean", "phi_runs_std"}
+    | {"same_completions", "sign_share", "elasticity", "sgd_lr", "phi_runs_mean", "phi_runs_std", "phi_error", "phi_z"}
     | {"seconds", "seconds_rollout", "seconds_metagradient", "seconds_policy"}
 )
 """Names in `metrics.jsonl` that a measure would overwrite; so would any that begins with `policy_`."""

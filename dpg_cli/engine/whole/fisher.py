@@ -175,7 +175,8 @@ class Contexts:
                 sign = torch.where(draws[part, 1:] < 0.5, -1.0, 1.0).to(likely)
                 return likely.neg().scatter_add_(1, label, torch.ones_like(sign)) * sign
 
-            total.addcmul_(*[self.pull(theta, *self.cotangents(theta, hidden_M_D, q, pulls))] * 2)
+            pulled = self.pull(theta, *self.cotangents(theta, hidden_M_D, q, pulls))
+            total.addcmul_(pulled, pulled)
         total.div_(PROBES * self.tokens * temperature**2)
         for view in self.run.space.views(total).values():
             view.lerp_(view.mean().expand_as(view), 0.5)

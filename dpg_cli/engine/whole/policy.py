@@ -57,9 +57,8 @@ class WholePolicy(TrustRegion):
 
     def rows(self, mask_N_K: Tensor) -> Tensor:
         """The completions that a step is taken from: evenly spread ones."""
-        head: Any = self.model.get_output_embeddings
-        vocabulary = head().out_features
-        most = self.spec.tokens or min(MOST, max(1, KEPT // vocabulary))
+        model: Any = self.model
+        most = self.spec.tokens or min(MOST, max(1, KEPT // model.get_output_embeddings().out_features))
         count = max(1, most * len(mask_N_K) // max(1, int(mask_N_K.sum())))
         return spread(torch.arange(len(mask_N_K), device=mask_N_K.device), count)
 
