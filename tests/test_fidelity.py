@@ -189,7 +189,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: nn.Module, start: nn.Module)
     under Adam with a small ε it goes where the rounding points."""
     before, after = dict(start.named_parameters()), dict(theirs.named_parameters())
     ours = {name: value for name, value in ours.items() if not name.endswith("c_attn.bias")}
-    apart = sum(float((ours[name] - after[name].detach()).double().square().sum()) for name in ours)
+    apart = sum(float((ours[name].detach() - after[name].detach()).double().square().sum()) for name in ours)
     moved = sum(float((after[name] - before[name]).detach().double().square().sum()) for name in ours)
     return (apart / moved) ** 0.5
 
@@ -201,25 +201,34 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def compared(name: str, architecture: str, dtype: torch.dtype, folder: Path) -> float:
+def trained_by_both(
+    name: str, architecture: str, dtype: torch.dtype, folder: Path
+) -> tuple[dict[str, torch.Tensor], nn.Module, nn.Module]:
+    """The weights by us, the model by the trainer, and the model before; the same numbers at first in either precision."""
     arguments, recipe = CASES[name]
     examples = make_examples(14, longest=12, seed=3)
     if "completions" in name:
         lengths = examples.attention_N_S.sum(1).tolist()
         sequences = [examples.ids_N_S[row, :length].tolist() for row, length in enumerate(lengths)]
         examples = Examples.from_sequences([sequence for sequence in sequences if len(sequence) > 4], prefix=3)
-    model = without_dropout(make_target(architecture, tied=True, dtype=dtype))
+    model = without_dropout(make_target(architecture, tied=True, dtype=torch.float32)).to(dtype)
     start = copy.deepcopy(model)
     batches = recipe.batches
     if arguments.get("train_sampling_strategy") != "sequential":
         batches = replace(batches, order="shuffled", seed=batches.seed or SEED)
     ours = trained_by_us(model, examples, replace(recipe, batches=batches))
     told = {**arguments, "seed": SEED, "learning_rate": recipe.optimizer.lr}
-    return distance(ours, trained_by_trl(model, examples, told, folder), start)
+    return ours, trained_by_trl(model, examples, told, folder), start
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_weights_as_trl(name: str, tmp_path: Path) -> None:
+    """In float64 to 1e-12 of the update. In float32 to 1e-6, or to what rounding does to the trainer itself: its distance
+    from its own float64 run. Ours is no further from that than twice."""
     architecture = "gpt2" if len(name) % 2 else "llama"
-    assert compared(name, architecture, torch.float64, tmp_path) < 1e-12
-    assert compared(name, architecture, torch.float32, tmp_path) < 5e-6
+    ours, exact, start = trained_by_both(name, architecture, torch.float64, tmp_path)
+    assert distance(ours, exact, start) < 1e-12
+    ours, theirs, _ = trained_by_both(name, architecture, torch.float32, tmp_path)
+    rounding = distance(dict(theirs.named_parameters()), exact, start)
+    assert distance(ours, theirs, start) < max(1e-6, rounding)
+    assert distance(ours, exact, start) < 2 * rounding

@@ -11,7 +11,7 @@ import torch
 from builders import HeldOutLoss, make_examples, make_target
 from torch import Tensor
 
-from dpg_cli.engine import Batches, Examples, OptimizerSpec, Plan, Recipe, Replay, Schedule, metagradient
+from dpg_cli.engine import Batches, Examples, OptimizerSpec, Plan, Recipe, Replay, Schedule, Start, metagradient
 from dpg_cli.engine import reference_metagradient as reference
 from dpg_cli.engine.attribution import InnerSettings, effect
 from dpg_cli.engine.inner.recipe.average import averaged, shares
@@ -143,3 +143,5 @@ def test_what_replay_cannot_be() -> None:
         metagradient(make_target("gpt2", tied=True), replace(examples, soft=soft), RECIPE, METRIC, replay=REPLAY)
     with pytest.raises(ValueError, match="ema"):
         Recipe(ema=1.0)
+    with pytest.raises(BadValueError, match="at a checkpoint is not known"):
+        metagradient(make_target("gpt2", tied=True), examples, replace(RECIPE, ema=0.5), METRIC, start=Start(1))
