@@ -27,8 +27,9 @@ from dpg_cli.engine import Batches, Examples, Group, Groups, OptimizerSpec, Reci
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.errors import UsageError
+from dpg_cli.metrics.registry import build_metric
 from dpg_cli.models.loading import load
-from dpg_cli.settings.config import LoraConfig
+from dpg_cli.settings.config import LoraConfig, TextLossOptions
 from dpg_cli.tiny import world
 
 METRIC = HeldOutLoss(make_examples(4, seed=9))
@@ -309,3 +310,51 @@ def test_at_the_command_line(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "scores.jsonl.json").read_text(encoding="utf-8"))
     assert (record["first_step"], record["inner_steps"]) == (6, 6)
     assert len(record["fingerprint"]["checkpoint"]) == 64
+
+
+def test_a_run_of_trl_by_its_own_files(tmp_path: Path) -> None:
+    """The embedded model trained by SFTTrainer; the arguments that it saved and its checkpoint are all that is given."""
+    trl = pytest.importorskip("trl")
+    data, out = tmp_path / "data.jsonl", tmp_path / "scores.parquet"
+    texts = world.sentences("train", "es", 16, seed=3)
+    rows = [{"prompt": text[:20], "completion": text[20:]} for text in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tiny = load("tiny", device=torch.device("cpu"))
+    config = trl.SFTConfig(
+        str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", save_steps=3, per_device_train_batch_size=4,
+        num_train_epochs=2, learning_rate=1e-3, adam_epsilon=1e-4, weight_decay=0.1, max_length=64, disable_tqdm=True,
+    )  # fmt: skip
+    dataset = datasets.Dataset.from_list(rows)
+    trainer = trl.SFTTrainer(tiny.model, config, train_dataset=dataset, processing_class=tiny.tokenizer)
+    trainer.train()
+    (tmp_path / "recipe.json").write_text(config.to_json_string(), encoding="utf-8")
+    given = ["--recipe", str(tmp_path / "recipe.json"), "--from-checkpoint", str(tmp_path / "run" / "checkpoint-3")]
+    answer = CliRunner().invoke(
+        app,
+        [
+            "attribute",
+            str(data),
+            "--language",
+            "es",
+            "--set",
+            "metric.documents=4",
+            "--out",
+            str(out),
+            "--json",
+            *given,
+        ],
+    )
+    assert answer.exit_code == 0, answer.output + str(answer.exception)
+    assert "3 of 8 steps are made" in answer.stderr
+    report = json.loads(answer.stdout)
+    metric = build_metric(
+        TextLossOptions(name="text-loss", language="es", documents=4), replace(tiny, model=trainer.model)
+    )
+    with torch.no_grad():
+        expected = float(metric(dict(trainer.model.named_parameters()), trainer.model))
+    assert report["inner_steps"] == 5
+    assert abs(report["value"] - expected) < 1e-3 * abs(report["value"] - report["value_before"])
+    answer = CliRunner().invoke(
+        app, ["attribute", str(data), "--language", "es", "--out", str(out), "--overwrite", *given, "--lr", "2e-3"]
+    )
+    assert "the learning rate of" in str(answer.exception) and "0.001 there and 0.002 here" in str(answer.exception)

@@ -18,6 +18,7 @@ point of the reverse makes needless are removed. Nothing here is unpickled.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -358,11 +359,21 @@ def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for name in dict.fromkeys([*begun, *now]):
         before, here = begun.get(name), now.get(name)
-        if before == here:
+        if before == here or _close(before, here):
             continue
         sums = any(isinstance(value, str) and len(value) == 64 for value in (before, here))
         found.append(f"{name} is another" if sums else f"{name} is {shown(before)} there and {shown(here)} here")
     return found
+
+
+def _close(before: Any, here: Any) -> bool:
+    """Whether two lists of numbers are one, but for what another process rounds."""
+    if not (isinstance(before, list) and isinstance(here, list) and len(before) == len(here)):
+        return False
+    pairs = list(zip(before, here, strict=True))
+    if not all(isinstance(value, float) for pair in pairs for value in pair):
+        return False
+    return all(math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9) for one, other in pairs)
 
 
 def damaged(path: Path) -> UsageError:
