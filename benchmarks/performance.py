@@ -181,6 +181,23 @@ def attribute() -> str:
     return "\n".join(lines) + "\n"
 
 
+def planted() -> str:
+    """The section of `planted.py`."""
+    row = raw("planted").get("planted", {})
+    if not row:
+        return ""
+    same = "the same scores, bit for bit" if row["same_scores"] else "**other scores**"
+    return (
+        "## `dpg attribute` finds the chats that taught a behaviour\n\n"
+        f"`python benchmarks/planted.py`: {row['examples']:,} chats, in {row['planted']:,} of which the assistant answers English in Spanish; three "
+        f"epochs ({row['inner_steps']:,} steps) of\nthe embedded model with LoRA, cosine after warm-up, clipping (it bit on {row['clipped_share']:.0%} of "
+        f"the steps), decay groups, states by `sqrt`. The metric is the loss on held-out\nSpanish answers: Φ {row['phi_before']:.2f} -> "
+        f"{row['phi']:.2f}. **AUC {row['auc']:.4f}**; {row['planted_among_best']:,} of the {row['planted']:,} best-scored are planted. "
+        f"{row['seconds']:.0f} s with {row['threads']} thread{'s' if row['threads'] > 1 else ''} on a machine with\nother work, "
+        f"{row['peak_mb']:,.0f} MB. Killed {row['kills']} times (once in the fine-tuning, once in the reverse) and started again: {same}.\n"
+    )
+
+
 def rollout() -> str:
     """The section of `rollout.py`."""
     found = raw("rollout")
@@ -206,7 +223,7 @@ def rollout() -> str:
 
 def main() -> None:
     """Write the page."""
-    sections = [HEAD, metagradient(), memory(), attribute(), rollout(), NOTES]
+    sections = [HEAD, metagradient(), memory(), attribute(), planted(), rollout(), NOTES]
     PAGE.write_text("\n".join(section.rstrip() + "\n" for section in sections if section), encoding="utf-8")
 
 
