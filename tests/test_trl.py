@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from builders import save_gpt2
+from checkpoints import make, saved
 from test_ranks import HERE, started
 
 from dpg_cli.driver.trl.needs import require_trl
+from dpg_cli.driver.trl.trainer import arguments
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings
+from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import ConfigError, DegenerateError, UsageError
-from dpg_cli.integrations.trl import MetagradientReward, unit_spread
+from dpg_cli.integrations.trl import MetagradientReward, RewardedBatch, unit_spread
 from dpg_cli.metrics.norm import NormMetric
 from dpg_cli.models.loading import LanguageModel, load, load_target
 from dpg_cli.settings.config import ModelsConfig
@@ -109,8 +112,6 @@ def test_what_has_no_reward_is_refused(tiny: LanguageModel) -> None:
 
 
 def test_settings_that_trl_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpg_cli.engine.ranks import Ranks
-
     data, base = find("pattern-67.tiny").data(), ['trainer="trl"', 'credit.mode="sequence"']
     with pytest.raises(ConfigError, match="one reward for each completion"):
         resolve(data, ['trainer="trl"'])
@@ -125,6 +126,34 @@ def test_settings_that_trl_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else object())
     with pytest.raises(UsageError, match=r"vllm is not installed.*dpg-cli\[vllm\]"):
         require_trl(resolve(data, [*base, 'trl.vllm="colocate"']), Ranks(0, 1))
+
+
+@pytest.mark.parametrize("vllm", ["off", "colocate", "server"])
+def test_ids_without_text_are_kept_out_of_every_sampler(vllm: str, tmp_path: Path) -> None:
+    """transformers has a list for them; vLLM's `SamplingParams`, and its server's JSON, a bias."""
+    base = ['trainer="trl"', 'credit.mode="sequence"', "rollout.min_tokens=3", f'trl.vllm="{vllm}"']
+    config = resolve(find("pattern-67.tiny").data(), base)
+    given = arguments(config, tmp_path, Ranks(0, 1), CPU, (510, 511)).generation_kwargs
+    if vllm == "off":
+        assert given == {"min_new_tokens": 3, "suppress_tokens": [510, 511]}
+    else:
+        assert given == {"min_tokens": 3, "logit_bias": {510: -100.0, 511: -100.0}}
+    assert not arguments(
+        resolve(find("pattern-67.tiny").data(), [*base, "rollout.min_tokens=1"]), tmp_path, Ranks(0, 1), CPU
+    ).generation_kwargs
+
+
+def test_ids_without_text_that_were_drawn_all_the_same_are_counted(tmp_path: Path) -> None:
+    padded = load(str(saved(make("llama", rows=520), tmp_path / "padded")), device=CPU, dtype="float64")
+    assert padded.silent_ids == tuple(range(512, 520))
+    seen: list[RewardedBatch] = []
+    reward = MetagradientReward(
+        padded, padded, NormMetric(padded.model), InnerSettings(ADAMW, batch_size=4), group_size=2, on_batch=seen.append
+    )
+    logged: dict[str, float] = {}
+    ids = [[5, 512, 7, 519], [9, 30], [40, 41, 513], [8, 9]]
+    reward(completion_ids=ids, log_metric=logged.__setitem__)
+    assert logged["silent_tokens"] == seen[0].numbers["silent_tokens"] == 3
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,9 @@ class MetagradientReward:
             "same_completions": rollout.same_completions,
             "gradient_median": result.gradient_median,
         }
+        if silent := self.generator.silent_ids:  # which a sampler of somebody else's may draw
+            drawn = rollout.ids_N_K[rollout.mask_N_K]
+            numbers["silent_tokens"] = float(torch.isin(drawn, torch.tensor(silent, device=drawn.device)).sum())
         return RewardedBatch(rollout, result, ranks.agreed(numbers))
 
     def _encoded(self, completions: Sequence[Any]) -> list[list[int]]:

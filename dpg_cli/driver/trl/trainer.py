@@ -73,7 +73,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device, silent_ids: Sequence[int] = ()) -> Any:
-    """The settings as TRL's `GRPOConfig`; `silent_ids` are never drawn, but by vLLM, which TRL gives no such list."""
+    """The settings as TRL's `GRPOConfig`; `silent_ids` are never drawn.
+
+    `generation_kwargs` are transformers' or vLLM's own: vLLM has no list of suppressed tokens, but a bias of -100 on a logit.
+    """
     from trl import GRPOConfig
 
     rollout, policy = config.rollout, config.policy
@@ -85,9 +88,12 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device, 
     if config.trl.vllm != "off":
         vllm = {"use_vllm": True, "vllm_mode": config.trl.vllm}
     generation: dict[str, Any] = {}
-    if not vllm:
-        generation |= {"min_new_tokens": rollout.min_tokens} if rollout.min_tokens > 1 else {}
-        generation |= {"suppress_tokens": list(silent_ids)} if silent_ids else {}
+    if rollout.min_tokens > 1:
+        generation["min_tokens" if vllm else "min_new_tokens"] = rollout.min_tokens
+    if silent_ids:
+        generation |= (
+            {"logit_bias": dict.fromkeys(silent_ids, -100.0)} if vllm else {"suppress_tokens": list(silent_ids)}
+        )
     return GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=own // pieces,
@@ -213,6 +219,9 @@ class Follower:
         refuse_nonfinite(numbers)
         changed = partial(weights_changed, batch.result.final, self.built.players.target.model)
         warning, fault = self.watch.see(numbers, changed)
+        if silent := int(numbers.get("silent_tokens", 0)):
+            said = f"{silent:,} of {tokens:,} drawn tokens have no text: their ids only pad the vocabulary."
+            warning = f"{warning} {said}".lstrip()
         self.report(StepReport(outer, numbers, batch.result, batch.rollout, warning))
         if fault is not None:
             raise fault
