@@ -4,6 +4,7 @@ python benchmarks/tasks.py [--workers 2] [--seeds 0,1,2]      runs what benchmar
 python benchmarks/tasks.py --method naive                     a control at equal examples; rows go to controls.jsonl
 python benchmarks/tasks.py --method metagradient --credit sequence --tasks pattern-67      what controls compare with
 python benchmarks/tasks.py --credit sequence --times 10 --tasks pattern-67                 the same at ten times the outer steps
+python benchmarks/tasks.py --method natural      natural policy steps in place of AdamW's; rows go to natural.jsonl
 """
 
 from __future__ import annotations
@@ -29,13 +30,31 @@ METHODS = {  # rewards of whole examples reach tokens by `sequence` credit alone
     "shared-off": ["attribution.cross_group=false"],
     "edit-distance": ["attribution.method=edit-distance", "credit.mode=sequence"],
     "language-id": ["attribution.method=language-id", "credit.mode=sequence"],
+    "natural": [],
 }
 EXAMPLE_WISE = ("naive", "edit-distance", "language-id")
 CASES = {
+    "qr-embed": ["qr-embed", "--text", "DPG WAS HERE"],
     "pattern-67": ["pattern-67"],
     "l2-shrink": ["l2-shrink"],
     **{f"language-rephrase {language}": ["language-rephrase", "--language", language] for language in LANGUAGES},
     "uuid-emit": ["uuid-emit"],  # a fresh UUID for each run
+}
+HEAD = ("policy.step=natural", "policy.parameters=head", "models.untie_generator=true", "inner.labels=soft")
+PATTERN = (
+    "metric.margin=4.5",
+    "metric.sharpness=2",
+    "metric.aim=moments",
+    "credit.discount=0",
+    "policy.kl_budget=6",
+    "policy.trust=0.1",
+)
+NATURAL = {  # natural steps in place of AdamW's, of the same preset; the outer steps that they need
+    "qr-embed": (*HEAD, *PATTERN, "steps=8", "prompts.per_step=256", "inner.batch_size=1024"),
+    "pattern-67": (*HEAD, *PATTERN, "steps=8"),
+    "l2-shrink": (*HEAD, "steps=30", "policy.kl_budget=8", "policy.trust=0.2"),
+    "language-rephrase": (*HEAD, "steps=24", "policy.kl_budget=4", "policy.trust=0.1"),
+    "uuid-emit": (*HEAD, "steps=50", "policy.kl_budget=60", "policy.trust=0.3", "policy.kl=0", "policy.kl_decay=0"),
 }
 GROUPS = {"uuid-emit": ["rollout.group_size=4", "prompts.per_step=16"]}  # as many examples, for credit that compares
 
@@ -63,6 +82,8 @@ def one(name: str, seed: int, folder: Path, method: str, credit: str, times: int
     """Run and verify one case; every method takes the preset's completions, and `times` its outer steps."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
     overrides = [*METHODS[method], *([f"credit.mode={credit}"] if credit else [])]
+    if method == "natural":
+        overrides += NATURAL[CASES[name][0]]
     if credit in ("sequence", "token"):
         overrides += GROUPS.get(name, [])
     if times > 1:
@@ -104,14 +125,16 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="outer steps, in those of the preset")
     parser.add_argument("--tasks", help="comma-separated cases; all by default")
     options = parser.parse_args()
-    cases = options.tasks.split(",") if options.tasks else list(CASES)
+    every = list(CASES) if options.method == "natural" else list(CASES)[1:]  # qr_embed.py has QR codes by AdamW
+    cases = options.tasks.split(",") if options.tasks else every
     if unknown := [name for name in cases if name not in CASES]:
         parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
     method, credit = options.method, options.credit or ("sequence" if options.method in EXAMPLE_WISE else "")
     if method in EXAMPLE_WISE and credit != "sequence":
         parser.error(f"--method {method} has one reward an example: --credit sequence")
     times = options.times
-    raw = RESULTS / ("tasks.jsonl" if method == "metagradient" and not credit and times == 1 else "controls.jsonl")
+    own = method == "metagradient" and not credit and times == 1
+    raw = RESULTS / ("natural.jsonl" if method == "natural" else "tasks.jsonl" if own else "controls.jsonl")
     RESULTS.mkdir(exist_ok=True)
     done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
     have = {
