@@ -266,3 +266,20 @@ def test_a_module_that_is_not_there_is_refused_before_anything_loads(monkeypatch
     monkeypatch.setattr(build_module, "load_generator", refuse)
     with pytest.raises(UsageError, match=r"generator has no module 'c_atn'.*c_attn"):
         build(natural("policy.parameters=lora", "policy.lora_modules=['c_atn']"))
+
+
+def test_a_generator_without_a_right_forward_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("gpt2 tied", "llama lora"):
+        make(kind)[0].require_products("fine")
+    policy, product = make("llama untied")[0], fisher_module.Contexts.product
+
+    def wrong(*args: Any) -> Tensor:
+        return 3 * product(*args)
+
+    def none(*args: Any) -> Tensor:
+        raise NotImplementedError("Trying to use forward AD with such that does not support it")
+
+    for broken, says in ((wrong, "is to cost 0.001 nats"), (none, "forward AD")):
+        monkeypatch.setattr(fisher_module.Contexts, "product", broken)
+        with pytest.raises(UsageError, match=f"'mine' cannot take natural steps of more than its head: .*{says}"):
+            policy.require_products("mine")

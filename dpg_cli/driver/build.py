@@ -163,7 +163,7 @@ def policy_of(
     """The optimiser of the generator's parameters, or its natural steps; parameters that stay as they are get no gradient.
 
     Raises:
-        UsageError: if a natural step is asked for and the generator has no standard LM head.
+        UsageError: if a natural step is asked for and the generator has no standard LM head, or none of its backbone is right.
     """
     policy = config.policy
     if policy.parameters == "head":
@@ -182,7 +182,9 @@ def policy_of(
         head = standard_head(generator.model, generator.name)
         if policy.parameters == "head":
             return None, NaturalPolicy(spec, HeadChange(head))
-        return None, WholePolicy(spec, generator.model, policy.micro_batch)
+        whole = WholePolicy(spec, generator.model, policy.micro_batch)
+        whole.require_products(generator.name)
+        return None, whole
     optimizer = torch.optim.AdamW(
         [parameter for parameter in generator.model.parameters() if parameter.requires_grad],
         lr=policy.lr,

@@ -25,13 +25,17 @@ from dpg_cli.engine.inner.head import chunks
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE, Ranks
-from dpg_cli.engine.records import Rollout
+from dpg_cli.engine.records import Examples, Rollout
 from dpg_cli.engine.soft import HeadLabels, Rows
 from dpg_cli.engine.whole.fisher import Contexts, as_examples
-from dpg_cli.errors import DegenerateError
+from dpg_cli.errors import DegenerateError, UsageError
 
 HALVINGS = 12  # of the share of a change that a budget allows
 MOST = 8192  # tokens a step, unless asked for more: each product with F is four passes over them
+
+TRIED, TRIAL = 8, 1e-3  # tokens of each of two rows that products are tried on, and nats a token of that change
+LACKING = "The generator {name!r} cannot take natural steps of more than its head"
+ELSE = "Set policy.parameters = 'head', or policy.step = 'adamw'."
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states (M, D), the head's weight and bias
 
@@ -57,8 +61,7 @@ class WholePolicy(TrustRegion):
 
     def rows(self, mask_N_K: Tensor) -> Tensor:
         """The completions that a step is taken from: evenly spread ones."""
-        model: Any = self.model
-        most = self.spec.tokens or min(MOST, max(1, KEPT // model.get_output_embeddings().out_features))
+        most = self.spec.tokens or min(MOST, max(1, KEPT // self.vocabulary))
         count = max(1, most * len(mask_N_K) // max(1, int(mask_N_K.sum())))
         return spread(torch.arange(len(mask_N_K), device=mask_N_K.device), count)
 
@@ -73,6 +76,40 @@ class WholePolicy(TrustRegion):
         examples = as_examples(rollout.rows(self.rows(rollout.mask_N_K)))
         run = TargetRun(self.model, self.space, micro_batch=self.micro_batch, masked=True, ranks=ranks)
         return Contexts(run, examples)
+
+    @torch.no_grad()
+    def require_products(self, name: str) -> None:
+        """Try a product with F on a few tokens: ½ vᵀ F v of a random v against the KL that moving by ± v costs.
+
+        Args:
+            name: of the generator.
+
+        Raises:
+            UsageError: if the generator has no forward derivative, or a wrong one.
+        """
+        ids = (7 * torch.arange(2 * TRIED, device=self.start.device) % self.vocabulary).view(2, TRIED)
+        label = torch.ones_like(ids, dtype=torch.bool)
+        label[:, 0] = False
+        run = TargetRun(self.model, self.space, masked=True)
+        contexts = Contexts(run, Examples(ids, torch.ones_like(label), label))
+        vector = torch.randn(len(self.start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vector, now = vector.to(self.start), self.side(contexts, self.start)
+        try:
+            image = contexts.product(self.start, vector, lambda part: log_pi(now, part, 1.0).exp(), 1.0)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UsageError(f"{LACKING.format(name=name)}: {str(error).splitlines()[0][:100]}.", ELSE) from error
+        length = dot(vector, image)
+        vector *= (2 * TRIAL / length) ** 0.5 if length > 0 else 0.0
+        costs = [divergence_of(self.side(contexts, self.start + sign * vector), now, 1.0) for sign in (1, -1)]
+        if not 0.6 < sum(costs) / 2 / TRIAL < 1.6:
+            found = f"a change that is to cost {TRIAL:g} nats a token costs {sum(costs) / 2:.2g}"
+            raise UsageError(f"{LACKING.format(name=name)}: {found}.", ELSE)
+
+    @property
+    def vocabulary(self) -> int:
+        """V of the generator."""
+        model: Any = self.model
+        return int(model.get_output_embeddings().out_features)
 
     @torch.no_grad()
     def step(
