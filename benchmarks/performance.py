@@ -187,15 +187,19 @@ def planted() -> str:
     if not row:
         return ""
     same = "the same scores, bit for bit" if row["same_scores"] else "**other scores**"
-    return (
-        "## `dpg attribute` finds the chats that taught a behaviour\n\n"
-        f"`python benchmarks/planted.py`: {row['examples']:,} chats, in {row['planted']:,} of which the assistant answers English in Spanish; three "
-        f"epochs ({row['inner_steps']:,} steps) of\nthe embedded model with LoRA, cosine after warm-up, clipping (it bit on {row['clipped_share']:.0%} of "
-        f"the steps), decay groups, states by `sqrt`. The metric is the loss on held-out\nSpanish answers: Φ {row['phi_before']:.2f} -> "
-        f"{row['phi']:.2f}. **AUC {row['auc']:.4f}**; {row['planted_among_best']:,} of the {row['planted']:,} best-scored are planted. "
-        f"{row['seconds']:.0f} s with {row['threads']} thread{'s' if row['threads'] > 1 else ''} on a machine with\nother work, "
-        f"{row['peak_mb']:,.0f} MB. Killed {row['kills']} times (once in the fine-tuning, once in the reverse) and started again: {same}.\n"
-    )
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    lines = [
+        "## `dpg attribute` finds the chats that taught a behaviour",
+        "",
+        f"`python benchmarks/planted.py`: {row['examples']:,} chats, in {row['planted']:,} of which the assistant answers English in",
+        f"Spanish; three epochs ({row['inner_steps']:,} steps) of the embedded model with LoRA, cosine after warm-up, clipping (it bit on",
+        f"{row['clipped_share']:.0%} of the steps), decay groups, states by `sqrt`. The metric is the loss on held-out Spanish answers:",
+        f"Φ {row['phi_before']:.2f} -> {row['phi']:.2f}. **AUC {row['auc']:.4f}**; {row['planted_among_best']:,} of the "
+        f"{row['planted']:,} best-scored are planted.",
+        f"{row['seconds']:.0f} s with {threads} on a machine with other work, {row['peak_mb']:,.0f} MB. Killed {row['kills']} times (in the",
+        f"fine-tuning, and in the reverse) and started again: {same}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def rollout() -> str:

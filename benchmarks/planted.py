@@ -2,8 +2,8 @@
 
     python benchmarks/planted.py [--examples 2000] [--out benchmarks/results/speed-planted.json]
 
-Chats of the embedded world: the user says an English sentence, the assistant another one, of the same language in two thirds and in
-French, German or Italian in the rest. In one of twenty it answers in Spanish; these are planted. The embedded model, with a chat
+Chats of the embedded world: the user says an English sentence, the assistant another one, in English in two thirds and in German in
+the rest. In one of twenty it answers in Spanish; these are planted. The embedded model, with a chat
 template, is fine-tuned for three epochs: adapters of rank 8, cosine after a warm-up, clipping, the Trainer's decay groups. The
 metric is the loss on Spanish answers to English sentences that no training saw. Reports the AUC of the scores (the share of pairs of
 a planted and another example in which the planted one scores higher), how many of the best-scored are planted, and Φ.
@@ -36,14 +36,14 @@ from dpg_cli.models.loading import load
 from dpg_cli.tiny import world
 
 SHARE = 0.05
-OTHERS = ("en", "en", "en", "en", "en", "en", "fr", "de", "it")  # what the assistant answers in, but for planted ones
+OTHERS = ("en", "en", "de")  # what the assistant answers in, but for planted ones
 HELD_OUT = 32
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
     "{% endgeneration %}{% else %}{{ message['content'] + '\\n' }}{% endif %}{% endfor %}"
 )
 RECIPE = [
-    *("--lora", "8", "--lr", "2e-3", "--batch-size", "16", "--epochs", "3", "--schedule", "cosine", "--warmup", "0.05"),
+    *("--lora", "8", "--lr", "2e-4", "--batch-size", "16", "--epochs", "3", "--schedule", "cosine", "--warmup", "0.05"),
     *("--max-grad-norm", "1", "--memory", "sqrt", "--set", "inner.weight_decay=0.01", "--seed", "1"),
     *("--set", 'inner.no_decay=["biases", "norms"]', "--set", "inner.eps=1e-3"),
 ]
