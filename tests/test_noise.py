@@ -187,7 +187,7 @@ def test_the_noise_of_several_steps_is_the_spread_over_drawn_runs(spec: Optimize
     for number in range(90):
         drawn = pool.take(torch.randint(400, (160,), generator=rng))
         changes.append(window_change(model, drawn, recipe))
-        if number % 15 == 0:
+        if number % 9 == 0:
             moments = head_moments(model, drawn, WINDOW)
             assert moments is not None
             factors.append(measured_factor(model, drawn, metric, InnerSettings(recipe), moments))
@@ -197,8 +197,8 @@ def test_the_noise_of_several_steps_is_the_spread_over_drawn_runs(spec: Optimize
             )
     spread = torch.stack(changes).std(0)
     error = torch.stack(errors).mean(0)
-    assert float((error.square().mean() / spread.square().mean()).sqrt()) == pytest.approx(1.0, abs=0.12)
-    assert float((error / spread).log().abs().median()) < 0.12  # and pixel by pixel
+    assert float((error.square().mean() / spread.square().mean()).sqrt()) == pytest.approx(1.0, abs=0.15)
+    assert float((error / spread).log().abs().median()) < 0.15  # and pixel by pixel
     assert float(error.max() / error.min()) > 1.5
     assert 0.8 < sum(factors) / len(factors) < 1.25
     assert float(patch_noise(moments, head_optimizers(model, recipe, 4), 100, 1).error_R_C.mean()) >= lowest * float(

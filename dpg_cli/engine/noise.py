@@ -11,7 +11,7 @@ tokens stand for q.
 
 Over T steps, each of its own tokens, the weight moves by Σ_t c_t g_t near the mean gradient g, c_t the optimiser's response to
 the gradient of step t, found by its adjoint. The error is then that of one step times sqrt(T Σ c_t²) / |Σ c_t|, at the slope of
-the whole run. That leaves out what a step's noise does to the gradients of later ones. So the formula is calibrated: two drawn inner
+the whole run. That leaves out what a step's noise does to the gradients of later ones. So the formula is calibrated: a few drawn inner
 runs on examples that they do not share differ by what noise does, and one factor for all weights, `measured_factor`, makes
 the formula right for them in the mean square.
 """
@@ -35,10 +35,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.errors import DegenerateError
 
 TOKENS = 65536  # that moments are taken of, at most
-CALIBRATED, FEWEST = (
-    4,
-    256,
-)  # each of two inner runs takes one example in so many, but no fewer than these where there are as many
+PARTS, FEWEST = 4, 128  # drawn runs of a calibration; of half the examples together, but no fewer each if there are
 UNKNOWN = 3.0  # a factor of the formula beyond which it explains nothing
 TINY = 1e-30  # a learning rate that a schedule puts to 0
 
@@ -286,7 +283,7 @@ class Nothing:
 def measured_factor(
     model: nn.Module, examples: Examples, metric: HearsNoise, inner: InnerSettings, moments: Moments
 ) -> float:
-    """What the formula's errors must be multiplied with: from two drawn inner runs on examples that they do not share.
+    """What the formula's errors must be multiplied with: from four drawn inner runs on examples that they do not share.
 
     Args:
         model: the target θ_0.
@@ -301,23 +298,22 @@ def measured_factor(
     Raises:
         DegenerateError: if the runs differ by far more or less than the formula says: nobody knows the noise then.
     """
-    size = min(len(examples) // 2, max(len(examples) // CALIBRATED, FEWEST))
-    stride = len(examples) / (2 * size)
-    places = (torch.arange(2 * size) * stride).long()
+    size = max(1, min(len(examples) // PARTS, max(len(examples) // (2 * PARTS), FEWEST)))
+    places = (torch.arange(PARTS * size) * (len(examples) / (PARTS * size))).long()
     recipe = replace(inner.recipe, batches=inner.recipe.batches.rescaled(len(examples), size))
     steps = recipe.batches.steps(size)
-    found = []
-    for part in (places[0::2], places[1::2]):
-        drawn = replace(examples.take(part), soft=None, drawn=False)
+    finals, expected = [], []
+    for number in range(PARTS):
+        drawn = replace(examples.take(places[number::PARTS]), soft=None, drawn=False)
         run = effect(model, drawn, Nothing(), replace(inner, optimizer=recipe))
         tokens = int(drawn.label_N_S.sum())
-        expected = patch_noise(moments, head_optimizers(model, recipe, steps), tokens, size).error_R_C
-        found.append((run.final[metric.head][metric.window], expected))
-    (first, error), (second, other) = found
-    factor = float(((first - second).square().mean() / (error.square() + other.square()).mean()).sqrt())
+        expected.append(patch_noise(moments, head_optimizers(model, recipe, steps), tokens, size).error_R_C)
+        finals.append(run.final[metric.head][metric.window])
+    spread = torch.stack(finals).var(0).mean() / torch.stack(expected).square().mean()
+    factor = float(spread.sqrt())
     if not 1 / UNKNOWN < factor < UNKNOWN:
         raise DegenerateError(
-            f"Two drawn inner runs of {steps} steps differ by {factor:.2g} times what the noise of their tokens explains: the "
+            f"Drawn inner runs of {steps} steps differ by {factor:.2g} times what the noise of their tokens explains: the "
             "standard errors of the patch are not known.",
             "Take one inner step (inner.batch_size), a larger inner.eps or a smaller inner.lr; or set metric.margin = 0.",
         )

@@ -44,7 +44,7 @@ class PatternOptions(Section):
     margin: NonNegative = Field(
         0.0,
         description="Φ = -mean softplus(s (margin - z)), z of a pixel in standard errors at `dataset.examples`; 0: noise is "
-        "left out of Φ. With several inner steps two small drawn runs more an outer step measure it",
+        "left out of Φ. With several inner steps four small drawn runs more an outer step measure it",
     )
     origin: Annotated[tuple[Index, Index], Field(strict=False)] | Literal["frequent"] = Field(
         (0, 0),
