@@ -167,6 +167,12 @@ def test_replay_that_makes_no_sense_is_refused(more: list[str], words: str) -> N
         settings("l2-shrink", *more)
 
 
+def test_averaged_weights_have_no_known_noise() -> None:
+    with pytest.raises(ConfigError, match="averaged weights"):
+        settings("qr-embed", "inner.ema=0.5", "metric.margin=3")
+    settings("qr-embed", "inner.ema=0.5", "metric.margin=3", "inner.batch_size=16")  # one step: nothing to average
+
+
 def test_the_dry_run_counts_adapters() -> None:
     whole, few = estimate(settings("l2-shrink")), estimate(
         settings("l2-shrink", *LORA, "metric.parameter='transformer.h.1.mlp.c_fc.weight'")

@@ -109,6 +109,7 @@ class LoopSpec:
     def measures_noise(self, metric: TargetMetric) -> bool:
         """Whether the credits of drawn tokens tell the noise of Φ at the size of the final dataset."""
         exact = self.attribution.method == "metagradient" and self.attribution.runs == 1
+        exact &= self.replay is None  # whose credits count in the normaliser's part and are not kept
         return bool(self.dataset) and exact and not isinstance(metric, HearsNoise)
 
     def lr_at(self, step: int) -> float:
@@ -239,9 +240,11 @@ def attribute(
 def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     """Tell a metric that asks for it the noise of what it reads, at the size of the final dataset."""
     metric, recipe, model = players.metric, spec.recipe, players.target.model
-    if not spec.dataset or not isinstance(metric, HearsNoise):
+    if not spec.dataset or not isinstance(metric, HearsNoise) or spec.replay is not None:
         return
-    steps = recipe.batches.steps(len(examples))
+    steps = len(recipe.plan(examples))
+    if recipe.ema and steps > 1:  # the noise is of the last weights
+        return
     optimizers = head_optimizers(model, recipe, steps)
     moments = head_moments(model, examples, metric.window) if optimizers else None
     if moments is not None:

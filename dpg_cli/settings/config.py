@@ -333,13 +333,17 @@ def _target_faults(config: Config) -> str:
         )
     if config.inner.replay and config.task == "attribute":
         return "inner.replay: is for `dpg run`; what is attributed is your own data already: put all of it into DATA"
+    noise = (
+        "stop.predicted" if config.stop.predicted else "metric.margin" if getattr(config.metric, "margin", 0) else ""
+    )
+    if config.inner.ema and noise and config.inner_steps > 1:
+        return f"inner.ema: the noise of averaged weights is not known, which {noise} asks for; set one of the two to 0"
     if not config.lora.rank:
         return ""
     if config.models.redraw_target:
         return "lora.rank: adapters are made for one target; set models.redraw_target = false, or lora.rank = 0"
-    if bool(getattr(config.metric, "margin", 0)) or config.stop.predicted:
-        what = "stop.predicted" if config.stop.predicted else "metric.margin"
-        return f"lora.rank: the noise of an adapter's change is not known, which {what} asks for; set {what} = 0, or lora.rank = 0"
+    if noise:
+        return f"lora.rank: the noise of an adapter's change is not known, which {noise} asks for; set {noise} = 0, or lora.rank = 0"
     return ""
 
 
