@@ -5,7 +5,9 @@
 Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8,
 ε_root 1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW.
 The floor counts matrix products: a plain step is 3F; the reverse costs 2F at t = 0 and 6F at every other step, since it
-takes 2F from the step itself. Ratios are medians over the repeats of the ratio within each. Peak memory is of a process
+takes 2F from the step itself. `difference` is our metagradient with its second order by differences (`second_order`): its time
+over plain, the error of its token credits against the exact ones and what it estimated of it, the rank correlation of the
+examples' credits. Ratios are medians over the repeats of the ratio within each. Peak memory is of a process
 of its own. PYTHON is one of an environment with bergson 0.26.1 in it; it then takes part in every repeat, and in float64
 its scores are compared with ours.
 """
@@ -156,21 +158,24 @@ class Local:
         self.metric = QueryLoss(self.model, query)
         self.examples = Examples.from_sequences(self.train.tolist()).to(DEVICE)
         self.scores: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.stats: dict[str, float] = {}
 
     def plain(self) -> float:
         """Seconds of plain training; the model's copy is made before."""
         model = copy.deepcopy(self.model)
         return timed(lambda: plain(model, self.work, self.train))
 
-    def ours(self, memory: str = "keep", precision: str = "float32") -> float:
+    def ours(self, memory: str = "keep", precision: str = "float32", second_order: str = "exact") -> float:
         """Seconds of our metagradient."""
 
         def call() -> None:
             result = metagradient(
                 self.model, self.examples, SPEC, self.metric, batch_size=self.work.batch,
                 memory=memory, precision=precision, micro_batch=0 if DEVICE.type == "cpu" else 64,
+                second_order=second_order,
             )  # type: ignore[arg-type]  # fmt: skip
-            self.scores = result.example_N.cpu()
+            self.scores, self.tokens, self.stats = result.example_N.cpu(), result.token_N_S.cpu(), result.stats
 
         return timed(call)
 
@@ -264,11 +269,13 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[
     """Medians of interleaved timings of one workload."""
     work, row = WORKLOADS[name], {"workload": name}
     local = Local(work)
-    times: dict[str, list[float]] = {"plain": [], "ours": [], "bergson": []}
+    times: dict[str, list[float]] = {"plain": [], "difference": [], "ours": [], "bergson": []}
     with tempfile.TemporaryDirectory() as folder:
         other = Bergson(bergson, work, Path(folder)) if bergson else None
         for repeat in range(repeats + 1):
-            found = {"plain": local.plain(), "ours": local.ours()}
+            found = {"plain": local.plain(), "difference": local.ours(second_order="difference")}
+            near, near_tokens, stats = local.scores, local.tokens, local.stats
+            found["ours"] = local.ours()
             if other is not None:
                 found["bergson"] = other.run()
             print(name, repeat, {key: round(seconds, 3) for key, seconds in found.items()}, file=sys.stderr)
@@ -281,6 +288,13 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[
         row["times"] = times
         exact = local.scores
         assert exact is not None
+        assert near is not None
+        assert near_tokens is not None
+        assert local.tokens is not None
+        row["difference_ratio"] = median_ratio(times["difference"], times["plain"])
+        row["difference_error"] = float((near_tokens - local.tokens).norm() / local.tokens.norm())
+        row["difference_estimate"] = stats["difference_error"]
+        row["difference_ranks"] = rank_correlation(near, exact)
         try:
             row["bf16_s"] = local.ours(precision="bf16")
             assert local.scores is not None
@@ -315,6 +329,12 @@ def agreement(name: str, bergson: str) -> float:
         return float((local.scores - theirs).norm() / theirs.norm())
 
 
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's, without ties."""
+    ranks = torch.stack([each.argsort().argsort().double() for each in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def median_ratio(over: list[float], under: list[float]) -> float:
     """Median of the ratios within each repeat: what disturbs one repeat disturbs both of its runs."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
@@ -326,7 +346,9 @@ COLUMNS = {
     "ours_peak_mb": ("ours MB", "{:>8.0f}"), "bergson_s": ("bergson s", "{:>10.3f}"),
     "bergson_ratio": ("bergson/plain", "{:>14.2f}"), "speedup": ("bergson/ours", "{:>13.2f}"),
     "bergson_peak_mb": ("bergson MB", "{:>11.0f}"), "agreement_float32": ("difference", "{:>11.1e}"),
-    "bf16_error": ("bf16 error", "{:>11.1e}"),
+    "bf16_error": ("bf16 error", "{:>11.1e}"), "difference_ratio": ("differences/plain", "{:>18.2f}"),
+    "difference_error": ("their error", "{:>12.1e}"), "difference_estimate": ("estimated", "{:>10.1e}"),
+    "difference_ranks": ("ranks", "{:>8.5f}"),
 }  # fmt: skip
 
 

@@ -110,3 +110,17 @@ def test_defaults_use_each_example_once_in_the_order_of_the_trainer() -> None:
     inner = validate(merge(DEFAULTS, {"metric": {"name": "norm"}})).inner
     batches = inner_recipe(inner, 0).batches
     assert (batches.order, batches.epochs, batches.size) == ("shuffled", 1.0, 32)
+
+
+def test_second_order_by_a_flag(tmp_path: Path) -> None:
+    """Differences, through clipping, accumulation, adapters, packing and recomputed states; and what bf16 is told."""
+    more = ["--lora", "2", "--packing", "--memory", "sqrt"]
+    exact, report = scores(tmp_path, *FLAGS, *more)
+    assert report["difference_error"] is None
+    ours, report = scores(tmp_path, *FLAGS, *more, "--second-order", "difference")
+    assert near(ours, exact) < 5e-3
+    assert 0 < report["difference_error"] < 5e-3
+    assert any(note.startswith("Differences: ") for note in report["notes"])
+    arguments = ["attribute", str(tmp_path / "data.jsonl"), "--language", "es", "--precision", "bf16"]
+    answer = CliRunner().invoke(app, [*arguments, "--second-order", "difference"])
+    assert isinstance(answer.exception, DpgError) and "need precision = 'float32'" in str(answer.exception)

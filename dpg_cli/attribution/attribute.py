@@ -213,7 +213,7 @@ def attribute(
     setup = set_up(config, request, on_stage, on_note)
     target, found, examples, metrics = setup.target, setup.found, setup.examples, setup.metrics
     made_of, recipe, plan, start, micro_batch = setup.made_of, setup.recipe, setup.plan, setup.start, setup.micro_batch
-    task = Task(target, examples, recipe, plan, start, inner.states, inner.packing, micro_batch)
+    task = Task(target, examples, recipe, plan, start, inner.states, inner.packing, micro_batch, inner.second_order)
     tokens_read = max(getattr(metric, "tokens_read", 0) for metric in metrics)
     width = task.width(len(queries), request.width, tokens_read)
     if width < len(queries):
@@ -260,6 +260,7 @@ def attribute(
         epsilon=against_gradient(inner, result.gradient_median),
         notes=result.notes,
         precision_error=result.stats.get("precision_error"),
+        difference_error=result.stats.get("difference_error"),
         clipped_share=result.stats.get("clipped_share"),
         seconds=time.perf_counter() - started,
         peak_memory_mb=peak_memory_mb(),

@@ -16,6 +16,7 @@ from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import Memory
 from dpg_cli.engine.metagrad import metagradients
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.choice import SecondOrder, may_differ
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.planning.memory import Need, check_memory, widest
@@ -30,7 +31,8 @@ class Found:
     Attributes:
         token_Q_N_S: ∂Φ/∂w of each token's loss.
         values, measures: Φ after the fine-tuning, and readable measures, of each.
-        gradient_median, stats, notes: see `engine.Metagradient`; the largest `precision_error` of all groups.
+        gradient_median, stats, notes: see `engine.Metagradient`; the largest `precision_error` and
+            `difference_error` of all groups.
     """
 
     token_Q_N_S: Tensor
@@ -64,7 +66,7 @@ class Task:
         target: as it is trained.
         examples: its data.
         recipe, plan, start: of the fine-tuning.
-        memory, packing, micro_batch: how it is computed.
+        memory, packing, micro_batch, second_order: how it is computed.
     """
 
     target: LanguageModel
@@ -75,6 +77,7 @@ class Task:
     memory: Memory
     packing: bool
     micro_batch: int
+    second_order: SecondOrder = "exact"
 
     @property
     def steps(self) -> int:
@@ -96,6 +99,8 @@ class Task:
         batch = max(len(self.plan.index(number)) for number in range(len(self.plan)))
         rows = min(self.micro_batch, batch)
         need = Need.of(self.target, self.steps, rows, length, self.memory, batch, tokens_read)
+        if may_differ(self.second_order, self.recipe):
+            need = replace(need, exact=False)  # `auto` takes what fits
         head = self.target.head
         other = (self.target.parameter_count - self.target.trained_count) * float(head.element_size())
         other += queries * self.examples.ids_N_S.numel() * float(head.element_size())
@@ -147,6 +152,7 @@ class Task:
                 micro_batch=self.micro_batch,
                 memory=self.memory,
                 packing=self.packing,
+                second_order=self.second_order,
                 progress=progress,
                 start=self.start,
                 journal=journal,
@@ -164,8 +170,9 @@ def _of_group(progress: Progress, group: int, groups: int) -> Progress:
 
 def _joined(found: list[Found]) -> Found:
     stats = dict(found[0].stats)
-    if "precision_error" in stats:
-        stats["precision_error"] = max(one.stats["precision_error"] for one in found)
+    for name in ("precision_error", "difference_error"):
+        if name in stats:
+            stats[name] = max(one.stats[name] for one in found)
     return Found(
         torch.cat([one.token_Q_N_S for one in found]),
         [value for one in found for value in one.values],

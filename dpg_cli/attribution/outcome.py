@@ -47,6 +47,7 @@ class Attribution:
         epsilon: the same against ε, in words.
         notes: what the engine chose for the target, a sentence each.
         precision_error: relative error of the first step's token scores in bf16, None in float32.
+        difference_error: estimated relative error of token scores by differences, None where they are exact.
         clipped_share: of the steps, on which the gradient was clipped; None where it never is.
         seconds, peak_memory_mb: of the process.
         width: queries that were walked at once.
@@ -60,6 +61,7 @@ class Attribution:
     epsilon: str
     notes: list[str]
     precision_error: float | None
+    difference_error: float | None
     clipped_share: float | None
     seconds: float
     peak_memory_mb: float | None

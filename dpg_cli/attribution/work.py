@@ -177,6 +177,7 @@ class Work:
             visits,
             json.loads(about["values"]),
             json.loads(about["measures"]),
+            json.loads(about["differences"]),
         )
 
     def turned(self, theta: Tensor, course: Course, point: Backward) -> None:
@@ -212,6 +213,7 @@ class Work:
             "visits": str(len(point.visits)),
             "values": json.dumps(point.values),
             "measures": json.dumps(point.measures),
+            "differences": json.dumps(point.differences),
         }
         write_tensors(self.point, tensors, about)
 

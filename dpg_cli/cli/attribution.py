@@ -155,6 +155,10 @@ def show_result(result: Attribution, out: Path) -> None:
         lines.append(f"The gradient was clipped on {result.clipped_share:.0%} of the steps.")
     if result.precision_error is not None:
         lines.append(f"bf16: token scores of the first step are {result.precision_error:.1%} off those of float32.")
+    if result.difference_error is not None:
+        lines.append(
+            f"By differences: token scores are about {result.difference_error:.1e} off, relative to all of them."
+        )
     memory = "" if result.peak_memory_mb is None else f", {result.peak_memory_mb:,.0f} MB at the peak"
     asked = f", {len(result.answers):,} queries ({result.width:,} at once)" if several else ""
     lines.append(

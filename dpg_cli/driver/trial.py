@@ -104,6 +104,7 @@ def _metagradient(built: Built) -> tuple[str, ...]:
         replace(spec.recipe, batches=Batches(1)),
         RandomDirection(),
         labels=spec.credit == "expected",
+        second_order=spec.second_order,
     )
     if not bool(torch.isfinite(result.token_N_S).all()):
         raise UsageError(f"The credits of {target.name!r} are not finite.", REMEDY)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prepare import opened
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
 from dpg_cli.engine.inner.run import inner_run
@@ -28,7 +29,7 @@ from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.engine.reverse.selfcheck import selfcheck
+from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -70,8 +71,8 @@ class AttributionSpec:
 @dataclass(frozen=True)
 class InnerSettings:
     """The inner run that every attribution shares: its recipe, or an optimiser alone; B, the loss's normaliser and the
-    precision where they are not the recipe's; rows in memory at once, states kept, the processes that share the work, and own data
-    that joins every step."""
+    precision where they are not the recipe's; rows in memory at once, states kept, the processes that share the work, own data that
+    joins every step, and how second derivatives are taken."""
 
     optimizer: OptimizerSpec | Recipe
     batch_size: int | None = None
@@ -82,6 +83,7 @@ class InnerSettings:
     ranks: Ranks = ALONE
     packing: bool = False
     replay: Replay | None = None
+    second_order: SecondOrder = "exact"
 
     @property
     def recipe(self) -> Recipe:
@@ -147,11 +149,22 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     Raises:
         DegenerateError: if the run or Φ is not finite.
     """
-    with inner.recipe.prepared(model) as (target, notes):
-        aligned = accepted(target, examples, inner.optimizer).aligned()
-        aligned, plan = inner.laid_out(aligned)
+    given = accepted(opened(model), examples, inner.optimizer).aligned()
+    aligned, plan = inner.laid_out(given)
+    differences, said = by_differences(
+        inner.second_order,
+        inner.recipe,
+        model,
+        aligned,
+        micro_batch=inner.micro_batch,
+        batch=len(aligned),
+        ranks=inner.ranks,
+    )
+    with inner.recipe.prepared(model, as_it_runs=differences) as (target, notes):
         run = inner.target_run(target, aligned.ids_N_S.shape[1])
-        finding = selfcheck(run, aligned, need_hvp=False)
+        if differences:
+            run = replace(run, second_order="difference")
+        finding = check_model(run, aligned, need_hvp=False)
         run = finding.apply(run)
         theta = run.space.read(target)
         with torch.enable_grad():
@@ -174,7 +187,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats={"sgd_lr_matched": float((second - theta).norm()) / length if length > 0 else 0.0},
-            notes=(*notes, *finding.notes),
+            notes=(*notes, *finding.notes, *([said] if said else [])),
         )
 
 
@@ -267,6 +280,7 @@ def _metagradient(
         labels=labels,
         memory=inner.memory,
         packing=inner.packing,
+        second_order=inner.second_order,
         ranks=inner.ranks,
         sink=sink,
         replay=inner.replay,

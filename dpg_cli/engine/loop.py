@@ -40,6 +40,7 @@ from dpg_cli.engine.noise import (
 from dpg_cli.engine.phi import parameter_gradient
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
+from dpg_cli.engine.reverse.choice import SecondOrder
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.metrics.base import TargetMetric
@@ -59,6 +60,7 @@ class LoopSpec:
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         packing: ragged examples share rows, see `packing.py`.
+        second_order: how second derivatives are taken, see `reverse/choice.py`.
         states: which states of the inner run are kept, see `tape.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
         kl_decay: share of the steps, at the end, over which the KL coefficient falls to (almost) zero.
@@ -83,6 +85,7 @@ class LoopSpec:
     kl_decay: float = 0.0
     states: Memory = "keep"
     packing: bool = False
+    second_order: SecondOrder = "exact"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     labels: str = "drawn"
@@ -94,7 +97,12 @@ class LoopSpec:
     def inner(self) -> InnerSettings:
         """The inner run, in one process."""
         return InnerSettings(
-            self.recipe, micro_batch=self.micro_batch, memory=self.states, packing=self.packing, replay=self.replay
+            self.recipe,
+            micro_batch=self.micro_batch,
+            memory=self.states,
+            packing=self.packing,
+            replay=self.replay,
+            second_order=self.second_order,
         )
 
     def rescaled(self, before: int, after: int) -> LoopSpec:

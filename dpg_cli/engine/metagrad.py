@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prepare import opened, uncompiled
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
@@ -32,7 +33,7 @@ from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
 from dpg_cli.engine.phi import metric_gradient, metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
-from dpg_cli.engine.reverse.selfcheck import selfcheck
+from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model, remedy
 from dpg_cli.engine.reverse.walk import reverse, turning_point
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import BadValueError, DegenerateError
@@ -57,6 +58,7 @@ def metagradient(
     memory: Memory = "keep",
     precision: Precision | None = None,
     packing: bool = False,
+    second_order: SecondOrder = "exact",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     sink: LabelSink | None = None,
@@ -84,6 +86,9 @@ def metagradient(
         precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
             `precision_error`, the relative error of the token credits at the first inner step.
         packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
+        second_order: "exact", or by "difference"s of ordinary passes, with the model as it runs: compiled, any attention kernel,
+            any autograd function, checkpoints; `stats` then has `difference_error`, the estimated relative error of the token
+            credits. "auto" is exact where the model and the memory allow it. See `reverse/choice.py`.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
         replay: own data that joins every step and gets no credit (`recipe/replay.py`).
@@ -97,9 +102,9 @@ def metagradient(
         was chosen for this model: float32 masters, another implementation of its experts, the double backward.
 
     Raises:
-        DegenerateError: if anything becomes non-finite.
+        DegenerateError: if anything becomes non-finite, or differences would be more than 5 % off.
         UsageError: if the recipe does not fit the model or the number of examples; for a model that no number here would be
-            right for (`inner/prepare.py`, `reverse/selfcheck.py`).
+            right for (`inner/prepare.py`, `reverse/selfcheck.py`, `reverse/uncut.py`); for differences in bf16.
         BadValueError, BadTypeError: for arguments that cannot be meant; they are also ValueError and TypeError.
 
     Example:
@@ -110,7 +115,7 @@ def metagradient(
         raise BadValueError("A journal keeps no credits of labels.", "Leave labels and sink out, or the journal.")
     found, every = _attributed(
         model, examples, optimizer, [metric], batch_size, weights_N, normalization, micro_batch, labels, visits, plan,
-        memory, precision, packing, progress, ranks, sink, start, journal, replay,
+        memory, precision, packing, second_order, progress, ranks, sink, start, journal, replay,
     )  # fmt: skip
     return replace(found[0], label_N_S_V=every)
 
@@ -127,6 +132,7 @@ def metagradients(
     plan: Plan | None = None,
     memory: Memory = "keep",
     packing: bool = False,
+    second_order: SecondOrder = "exact",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     start: Start | None = None,
@@ -153,7 +159,7 @@ def metagradients(
         raise BadValueError("There is no metric.", "Give at least one.")
     return _attributed(
         model, examples, optimizer, metrics, None, weights_N, None, micro_batch, False, visits, plan, memory, None,
-        packing, progress, ranks, None, start, journal, replay,
+        packing, second_order, progress, ranks, None, start, journal, replay,
     )[0]  # fmt: skip
 
 
@@ -167,11 +173,13 @@ def outcomes(
     plan: Plan | None = None,
     micro_batch: int = 0,
     packing: bool = False,
+    second_order: SecondOrder = "exact",
     start: Start | None = None,
 ) -> Iterator[list[float]]:
     """Φ after fine-tuning a copy of `model`, once for each setting of the data weights; nothing is attributed.
 
     Args:
+        second_order: of the attribution beside it, whose first-order passes these are.
         weights: data weights w, (N,) each; 0 leaves an example out, with batches, order and normaliser as they are.
 
     Yields:
@@ -182,9 +190,13 @@ def outcomes(
     """
     phis = [as_metric(metric) for metric in metrics]
     recipe = Recipe.of(optimizer, None, None, None)
-    with recipe.prepared(model) as (target, _):
-        aligned = accepted(target, examples, optimizer, None).aligned()
-        whole = recipe.plan(aligned) if plan is None else plan
+    aligned = accepted(opened(model), examples, optimizer, None).aligned()
+    whole = recipe.plan(aligned) if plan is None else plan
+    largest = max(len(whole.index(number)) for number in range(len(whole)))
+    differences, _ = by_differences(
+        second_order, recipe, model, aligned, micro_batch=micro_batch, batch=largest, ranks=ALONE
+    )
+    with recipe.prepared(model, as_it_runs=differences) as (target, _):
         run = TargetRun(
             target,
             recipe.space(target),
@@ -193,8 +205,9 @@ def outcomes(
             micro_batch,
             precision=recipe.precision,
             packing=packing,
+            second_order="difference" if differences else "dual",
         )
-        run = selfcheck(run, aligned, need_hvp=False).apply(run)
+        run = check_model(run, aligned, need_hvp=False).apply(run)
         run = replace(run, packing=packing and can_pack(run, aligned))
         read = partial(run.space.read, target)
         for weights_N in weights:
@@ -220,6 +233,7 @@ def _attributed(
     memory: Memory,
     precision: Precision | None,
     packing: bool,
+    second_order: SecondOrder,
     progress: Progress | None,
     ranks: Ranks,
     sink: LabelSink | None,
@@ -236,14 +250,19 @@ def _attributed(
             f"The running average of the weights {what}.",
             "Set inner.ema = 0, or inner.states = 'keep' and no checkpoint.",
         )
-    with recipe.prepared(model) as (target, notes):
-        given = accepted(target, examples, optimizer, weights_N)
-        examples = given.aligned()
-        plan = recipe.plan(examples) if plan is None else plan
-        own, width = examples.ids_N_S.shape
-        if replay is not None:
-            accepted(target, replay.examples, optimizer)
-            examples, plan = replay.joined(examples, plan)
+    bare = opened(model)
+    given = accepted(bare, examples, optimizer, weights_N)
+    examples = given.aligned()
+    plan = recipe.plan(examples) if plan is None else plan
+    own, width = examples.ids_N_S.shape
+    if replay is not None:
+        accepted(bare, replay.examples, optimizer)
+        examples, plan = replay.joined(examples, plan)
+    largest = max(len(plan.index(number)) for number in range(len(plan)))
+    differences, said = by_differences(
+        second_order, recipe, model, examples, micro_batch=micro_batch, batch=largest, ranks=ranks
+    )
+    with recipe.prepared(model, as_it_runs=differences) as (target, notes):
         run = TargetRun(
             target,
             recipe.space(target),
@@ -253,8 +272,9 @@ def _attributed(
             precision=recipe.precision,
             ranks=ranks,
             packing=packing,
+            second_order="difference" if differences else "dual",
         )
-        finding = selfcheck(run, examples, need_hvp=len(plan) > 1)
+        finding = check_model(run, examples, need_hvp=len(plan) > 1)
         run = finding.apply(run)
         if packing and not can_pack(run, examples):
             run = replace(run, packing=False)
@@ -272,14 +292,20 @@ def _attributed(
         refuse_divergence(run, trace.theta)
         point = None if journal is None else journal.backward(trace.theta)
         if point is None:
-            values, bars = map(list, zip(*(metric_gradient(run, trace.theta, phi) for phi in phis), strict=True))
+            with uncompiled(target):
+                values, bars = map(list, zip(*(metric_gradient(run, trace.theta, phi) for phi in phis), strict=True))
             measures = [metric_measures(run, trace.theta, phi) for phi in phis]
             point = turning_point(examples, bars, values, measures)
             del bars
             if journal is not None:
                 course = Course(trace.norms, trace.losses, trace.gradient_median)
                 journal.turned(trace.theta, course, replace(point, left=len(plan) - trace.start))
-        found = reverse(run, trace, examples, weights, point, labels, progress, sink, visits, journal)
+        found = reverse(
+            run, trace, examples, weights, point, labels, progress, sink, visits, journal, remedy(second_order)
+        )
+        notes += [*finding.notes, *([said] if said else [])]
+        if differences:
+            notes.append(f"Differences: token credits are about {found.stats['difference_error']:.1e} off.")
         own_Q_N_S = found.token_Q_N_S[:, :own, :width]
         tokens = [given.as_given(token_N_S) for token_N_S in own_Q_N_S]
         steps, rows = Plan(plan.rows[trace.start :], plan.count).flat
@@ -292,7 +318,7 @@ def _attributed(
             final=run.space.final(target, trace.theta),
             gradient_median=trace.gradient_median,
             stats=found.stats,
-            notes=(*notes, *finding.notes),
+            notes=tuple(notes),
             visits=None
             if found.visit_Q_M is None
             else tuple(

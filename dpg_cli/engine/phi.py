@@ -39,11 +39,13 @@ def metric_gradient(run: TargetRun, theta: Tensor, metric: TargetMetric) -> tupl
         still = {name: run.model.get_parameter(name).detach() for name in run.space.idle}
         with true_derivative(run.model, lambda: any(one is own for one in run.model.parameters())):
             value = metric({**given, **still}, run.model)
-    _check(value)
-    if not value.requires_grad:
-        raise DegenerateError("The target metric does not depend on the target's parameters.", ELSEWHERE)
-    leaves = [*given.values(), *carried.values()]
-    torch.autograd.backward(value, inputs=leaves)
+        _check(value)
+        if not value.requires_grad:
+            raise DegenerateError("The target metric does not depend on the target's parameters.", ELSEWHERE)
+        leaves = [*given.values(), *carried.values()]
+        torch.autograd.backward(
+            value, inputs=leaves
+        )  # a checkpoint within is computed again, with what the model carries
     if not all_finite(flat):
         raise DegenerateError("The target metric's gradient is not finite.", "Correct the metric, or lower inner.lr.")
     if not flat.any() and not reached_from(value) & {id(leaf) for leaf in leaves}:

@@ -59,7 +59,12 @@ class Probe:
         count = min(count, len(self.examples))
         recipe = self.inner.recipe
         recipe = replace(recipe, batches=recipe.batches.rescaled(len(self.examples), count))
-        inner = InnerSettings(recipe, micro_batch=self.inner.micro_batch, replay=self.inner.replay)
+        inner = InnerSettings(
+            recipe,
+            micro_batch=self.inner.micro_batch,
+            replay=self.inner.replay,
+            second_order=self.inner.second_order,
+        )
         return Probe(self.model, self.metric, take(self.examples, torch.arange(count)), inner)
 
     def end(self, weights_N: Tensor | None = None) -> tuple[float, Tensor]:
@@ -94,6 +99,7 @@ class Probe:
             self.metric,
             micro_batch=self.inner.micro_batch,
             replay=self.inner.replay,
+            second_order=self.inner.second_order,
         ).example_N
 
 

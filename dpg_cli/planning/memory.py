@@ -8,9 +8,10 @@ itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
 and for each further metric of the same walk (*query*) three of adjoints; with several, one more, and products of one step.
 
 Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
-layer; of the tokens that the metric reads at once, about 20. Where it reads several times as many, its gradient is summed in
-one more vector. The LM head takes a few chunks of logits. `keep` remembers products of the
-last steps (`engine/inner/remembered.py`), about 16 hidden vectors a token and layer, up to a limit.
+layer, or by differences about 20 hidden vectors, and five more vectors of n numbers; of the tokens that the metric reads at
+once, about 20. Where it reads several times as many, its gradient is summed in one more vector. The LM head takes a few chunks
+of logits. `keep` remembers products of the last steps (`engine/inner/remembered.py`), about 16 hidden vectors a token and layer,
+up to a limit.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import torch
 from dpg_cli.engine.inner.head import chunk_logits
 from dpg_cli.engine.inner.remembered import LIMIT
 from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.reverse.choice import activation_numbers
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.text_loss import TOKENS
 from dpg_cli.models.loading import LanguageModel
 
+DIFFERENCES = 5  # vectors of n numbers: θ at one side, the product, and three more where an error is measured
 BASE_BYTES = 450e6  # resident memory of Python, torch and transformers before any model
 
 
@@ -47,6 +50,7 @@ class Need:
         metric_tokens: that the metric reads.
         queries: Q, of one walk.
         averaged: it reads an average of the weights, whose derivative is kept.
+        exact: second order by the dual pass; else by differences.
     """
 
     parameters: int
@@ -63,6 +67,7 @@ class Need:
     metric_tokens: int = 0
     queries: int = 1
     averaged: bool = False
+    exact: bool = True
 
     @classmethod
     def of(
@@ -100,12 +105,12 @@ class Need:
     @property
     def bytes(self) -> float:
         """The peak, without what Python and its libraries take."""
-        dual = self.rows * self.length * self.layers * (40 * self.width + 3 * self.heads * self.length)
+        dual = activation_numbers(self.rows * self.length, self.length, self.layers, self.width, self.heads, self.exact)
         activations = max(dual, 20 * min(TOKENS, self.metric_tokens) * self.layers * self.width)
         logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
-        vectors = self.vectors + (self.metric_tokens > TOKENS)
+        vectors = self.vectors + (self.metric_tokens > TOKENS) + (0 if self.exact else DIFFERENCES)
         numbers = vectors * self.parameters + activations + logits
-        steps = max(self.remembered_steps, int(self.queries > 1))
+        steps = max(self.remembered_steps, int(self.queries > 1 and self.exact))
         return numbers * self.element + min(LIMIT, steps * self._products)
 
     @property
@@ -116,7 +121,8 @@ class Need:
     @property
     def remembered_steps(self) -> int:
         """How many of the last steps keep products for their dual pass."""
-        return min(self.steps, -(-LIMIT // max(1, int(self._products)))) if self.states == "keep" else 0
+        kept = self.states == "keep" and self.exact
+        return min(self.steps, -(-LIMIT // max(1, int(self._products)))) if kept else 0
 
 
 def machine_bytes(device: torch.device) -> float:

@@ -119,6 +119,7 @@ class Job:
     element: int = 4
     averaged: bool = False
     passes: float = 1.0
+    exact: bool = True
 
     @property
     def examples(self) -> int:
@@ -196,6 +197,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         inner_batch=batch,
         micro_batch=config.inner.micro_batch,
         states=config.inner.states,
+        exact=config.inner.second_order == "exact" or config.inner.precision != "float32",
         minibatch=min(config.policy.minibatch, config.examples_per_step),
         policy_rows=config.policy.micro_batch or config.examples_per_step,
         epochs=config.policy.epochs,
@@ -256,6 +258,7 @@ def need_of(job: Job, world: int = 1) -> Need:
         element=job.element,
         steps=job.inner_steps,
         states=job.states,
+        exact=job.exact,
         rows=min(job.micro_batch, -(-job.inner_batch // world)),
         length=job.target_tokens,
         layers=job.target.layers,

@@ -141,6 +141,11 @@ class InnerConfig(Section):
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
         "(from an accelerator: in host memory); changes memory and time, and rounding",
     )
+    second_order: Literal["exact", "difference", "auto"] = Field(
+        "exact",
+        description="difference: second derivatives by differences of ordinary passes, with the target as it runs; an error is "
+        "estimated, and more than 5 % refused. auto: exact where the target and the memory allow it",
+    )
     precision: Literal["float32", "bf16"] = Field(
         "float32",
         description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
@@ -229,6 +234,14 @@ class InnerConfig(Section):
             )
         if self.replay and self.packed_rows:
             raise ValueError("packed_rows: a step of packed rows has no share for replay; set one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _differences_are_float32(self) -> InnerConfig:
+        if self.second_order == "difference" and self.precision != "float32":
+            raise ValueError(
+                "second_order: differences need precision = 'float32'; bf16 rounds away what they are made of"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpg_cli.engine import Examples, metagradient
+from dpg_cli.engine.reverse.choice import SecondOrder
 
 from .exact import Exact
 from .stock import Recipe, Run
@@ -69,22 +70,34 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def judge(model: nn.Module, recipe: Recipe = ADAMW, *, count: int = 6, full: bool = False) -> Verdict:
+def judge(
+    model: nn.Module,
+    recipe: Recipe = ADAMW,
+    *,
+    count: int = 6,
+    full: bool = False,
+    second_order: SecondOrder = "exact",
+) -> Verdict:
     """Compare in one random direction of the data weights, or (full) in every weight.
 
     Args:
         model: θ_0, float64; left as it was.
+        second_order: of our run.
     """
     examples, held_out = rows(count, 0), rows(3, 5)
     rng = torch.Generator().manual_seed(7)
     weights = 1 + 0.3 * torch.rand(count, dtype=torch.float64, generator=rng)
     directions = list(torch.eye(count).double()) if full else [torch.randn(count, dtype=torch.float64, generator=rng)]
+    experts = hasattr(getattr(model, "config", None), "_experts_implementation_internal")
     with Exact():
-        ours = metagradient(
-            model, examples, recipe.spec(), HeldOut(held_out), batch_size=recipe.batch, weights_N=weights
-        )
-        if hasattr(getattr(model, "config", None), "_experts_implementation_internal"):
+        if experts and second_order == "difference":
             model.set_experts_implementation("batched_mm")  # the default has no float64
+        ours = metagradient(
+            model, examples, recipe.spec(), HeldOut(held_out), batch_size=recipe.batch, weights_N=weights,
+            second_order=second_order,
+        )  # fmt: skip
+        if experts:
+            model.set_experts_implementation("batched_mm")
         run = Run(model, examples, recipe, held_out)
         size = float(ours.example_N.norm())
         errors = []

@@ -112,6 +112,10 @@ def attribute(
     precision: Annotated[
         str | None, typer.Option(help="float32, or bf16: linear maps in bfloat16, all else in float32.")
     ] = None,
+    second_order: Annotated[
+        str | None,
+        typer.Option(help="exact; difference: of ordinary passes, for any target; or auto: exact where it can be."),
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut examples to so many tokens.")] = None,
     keep: Annotated[str, typer.Option(help="Which end of a longer example stays: start or end.")] = "start",
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many rows; 0 takes all.")] = 0,
@@ -206,6 +210,7 @@ def attribute(
         "states": memory,
         "max_length": max_length,
         "precision": precision,
+        "second_order": second_order,
         "lr": lr,
         "batch_size": batch_size,
         "accumulation": accumulation,

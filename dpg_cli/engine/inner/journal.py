@@ -58,6 +58,7 @@ class Backward:
         token_Q_N_S: credits so far, of this process's rows.
         visits: credits of visits, (Q, B), of the steps that are reversed, the last step first; empty unless asked for.
         values, measures: Φ and its measures, a query.
+        differences: what second derivatives by differences go on from, numbers a query.
     """
 
     left: int
@@ -66,6 +67,7 @@ class Backward:
     visits: list[Tensor]
     values: list[float]
     measures: list[dict[str, float]]
+    differences: list[list[float]] = field(default_factory=list)
 
 
 class Journal(Protocol):

@@ -6,6 +6,9 @@
     float32    bf16 and fp16 weights get float32 masters: a step of 1e-5 is lost in a bf16 weight
     experts    mixtures of experts take the implementation that has a second derivative
 
+Where second derivatives are differences of ordinary passes (`reverse/difference.py`), the target stays as its user runs it:
+compiled code, experts' kernels and gradient checkpoints remain.
+
 All of it is undone at the end. What was done is said in one sentence each, for `Metagradient.notes`.
 """
 
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpg_cli.engine.inner.cuts import refuse_embedding
+from dpg_cli.engine.inner.cuts import refuse_embedding, trying
 from dpg_cli.errors import UsageError
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -46,21 +49,40 @@ HOOKS = {
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+def prepared(model: nn.Module, as_it_runs: bool = False) -> Iterator[tuple[nn.Module, list[str]]]:
     """The target itself, in eval mode, and what was done to it.
+
+    Args:
+        model: as it was given.
+        as_it_runs: leave compiled code and experts as they are.
+
+    Raises:
+        UsageError: for a target that no metagradient here is right for, naming it and the remedy.
+    """
+    target = opened(model)
+    notes: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(target))
+        if as_it_runs:
+            stack.enter_context(_compiled_as(model, target))
+            stack.enter_context(_checkpointing(target))
+        else:
+            stack.enter_context(uncompiled(target))
+        stack.enter_context(_float32(target, notes))
+        if not as_it_runs:
+            stack.enter_context(_differentiable_experts(target, notes))
+        yield target, notes
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """The target within its wrappers.
 
     Raises:
         UsageError: for a target that no metagradient here is right for, naming it and the remedy.
     """
     target = unwrap(model)
     refuse(target)
-    notes: list[str] = []
-    with ExitStack() as stack:
-        stack.enter_context(_evaluating(target))
-        stack.enter_context(_uncompiled(target))
-        stack.enter_context(_float32(target, notes))
-        stack.enter_context(_differentiable_experts(target, notes))
-        yield target, notes
+    return target
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -70,23 +92,26 @@ def unwrap(model: nn.Module) -> nn.Module:
         UsageError: for any other wrapper, by its name.
     """
     while True:
-        kinds = [kind.__name__ for kind in type(model).__mro__]
-        for name, reason in REFUSED.items():
-            if name in kinds:
-                raise UsageError(
-                    f"The target is wrapped in {type(model).__name__}: {reason}.",
-                    "Give the model itself, whole, as from_pretrained loads it.",
-                )
-        opened = next((attribute for name, attribute in OPENED.items() if name in kinds), None)
-        if opened is not None:
-            model = getattr(model, opened)
-        elif "PeftModel" in kinds:
-            inner = _peft(model)
-            if inner is model:
-                return model
-            model = inner
-        else:
+        inner = unwrap_once(model)
+        if inner is model:
             return model
+        model = inner
+
+
+def unwrap_once(model: nn.Module) -> nn.Module:
+    """The model within its outermost wrapper; itself where there is none."""
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    for name, reason in REFUSED.items():
+        if name in kinds:
+            raise UsageError(
+                f"The target is wrapped in {type(model).__name__}: {reason}.",
+                "Give the model itself, whole, as from_pretrained loads it.",
+            )
+    holder = next((attribute for name, attribute in OPENED.items() if name in kinds), None)
+    if holder is not None:
+        inner: nn.Module = getattr(model, holder)
+        return inner
+    return _peft(model) if "PeftModel" in kinds else model
 
 
 def _peft(model: Any) -> nn.Module:
@@ -183,7 +208,46 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def _compiled_as(model: nn.Module, target: nn.Module) -> Iterator[None]:
+    """What `torch.compile` made of the target is what a call of the target runs, though it was opened for its parameters."""
+    outer: Any = model
+    while outer is not target and type(outer).__name__ != "OptimizedModule":
+        outer = unwrap_once(outer)
+    if outer is target:
+        yield
+        return
+    before = target._compiled_call_impl
+    target._compiled_call_impl = outer.dynamo_ctx(target._call_impl)
+    try:
+        yield
+    finally:
+        target._compiled_call_impl = before
+
+
+@contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    """Gradient checkpoints of transformers, which it only makes in training mode, where that mode changes nothing else."""
+    parts = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    if not parts:
+        yield
+        return
+    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    with torch.no_grad(), uncompiled(model), trying():
+        before = model(input_ids=ids, use_cache=False).logits
+        for part in parts:
+            part.training = True  # of the layer itself; its dropout modules stay off
+        same = torch.equal(before, model(input_ids=ids, use_cache=False).logits)
+    try:
+        for part in parts:
+            part.training = same
+        yield
+    finally:
+        for part in parts:
+            part.training = False
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
     """Without compiled code, where a part of the model is compiled: it is traced for its own parameters."""
     dynamo = sys.modules.get("torch._dynamo")
     compiled = dynamo is not None and any(

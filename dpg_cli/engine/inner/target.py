@@ -10,7 +10,7 @@ rows of a batch, and gradient and Hessian-vector product are summed over them; Z
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,9 +20,10 @@ from torch.func import functional_call
 
 from dpg_cli.engine.inner.head import Head, find_head, first_order
 from dpg_cli.engine.inner.packing import pack, unpack
+from dpg_cli.engine.inner.prepare import uncompiled
 from dpg_cli.engine.inner.product import PlainMode, Precision
 from dpg_cli.engine.inner.remembered import Piece, Remembered
-from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.params import ParameterSpace, carrying
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.soft import Expected
@@ -60,14 +61,23 @@ class TargetRun:
     closed_head: bool = True
     precision: Precision = "float32"
     ranks: Ranks = ALONE
-    second_order: Literal["dual", "double"] = "dual"
+    second_order: Literal["dual", "double", "difference"] = "dual"
     masked: bool = False
     wide: bool = False
     packing: bool = False
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "head", find_head(self.model) if self.closed_head else None)
+        closed = self.closed_head
+        if self.as_it_runs and getattr(self.model, "_compiled_call_impl", None) is not None:
+            closed = False  # its backbone alone is not what was compiled
+        with uncompiled(self.model):
+            object.__setattr__(self, "head", find_head(self.model) if closed else None)
+
+    @property
+    def as_it_runs(self) -> bool:
+        """The model runs as its user runs it: nothing in it is replaced, and it carries θ as its own parameters."""
+        return self.second_order == "difference"
 
     def normalizer(self, batch: Examples) -> float:
         """Z_t of a whole inner batch. It never depends on the data weights."""
@@ -77,9 +87,8 @@ class TargetRun:
 
     def arranged(self, batch: Examples) -> Examples:
         """The batch as the passes read it: packed, or as it is."""
-        packs = (
-            self.packing and self.head is not None and self.second_order == "dual" and not (self.masked or self.wide)
-        )
+        reads = not (self.second_order == "double" or self.masked or self.wide)
+        packs = self.packing and self.head is not None and reads
         return pack(batch) if packs else batch
 
     def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
@@ -88,15 +97,18 @@ class TargetRun:
         rows = own.stop - own.start
         if not rows:
             return
-        size = self.micro_batch
-        if not size:
-            size = max(1, CPU_TOKENS // batch.ids_N_S.shape[1]) if batch.ids_N_S.device.type == "cpu" else rows
+        size = self.rows_at_once(rows, batch.ids_N_S.shape[1], batch.ids_N_S.device)
         count = -(-rows // size)
         size = -(-rows // count)  # even ones
         for start in range(own.start, own.stop, size):
             stop = min(start + size, own.stop)
             piece = batch.take(torch.arange(start, stop)) if self.wide else batch.rows(start, stop)
             yield slice(start, stop), piece
+
+    def rows_at_once(self, rows: int, length: int, device: torch.device) -> int:
+        """Rows of a micro-batch, at most, of a batch of so many."""
+        automatic = max(1, CPU_TOKENS // length) if device.type == "cpu" else rows
+        return min(rows, self.micro_batch or automatic)
 
     def leaves(self, theta: Tensor, into: Tensor | None) -> dict[str, Tensor]:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
@@ -133,7 +145,7 @@ def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples, masked
 @torch.no_grad()
 def can_pack(run: TargetRun, examples: Examples) -> bool:
     """Whether two short examples have the same hidden states in one row as in rows of their own."""
-    if run.head is None or run.second_order != "dual" or run.masked or run.wide or examples.soft is not None:
+    if run.head is None or run.second_order == "double" or run.masked or run.wide or examples.soft is not None:
         return False
     rows = (examples.attention_N_S.sum(1) > 1).nonzero()[:2, 0]
     apart = examples.take(rows).rows(0, len(rows))
@@ -219,15 +231,15 @@ def loss_gradient(
     leaves = run.leaves(theta, total)
     loss_sum = 0.0
     scale = 1.0 / run.normalizer(batch)
-    with fused_activations(run.model):
+    with fused_activations(run.model), carrying(run.model, leaves if run.as_it_runs else {}):
         for rows, piece in run.pieces(run.arranged(batch)):
             made = None if remembered is None else remembered.add()
             if run.head is None:
                 loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
                 continue
             tokens = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
-            with torch.enable_grad(), PlainMode(run.precision, made):
-                hidden = hidden_of(run.head, leaves, piece, run.masked)
+            with torch.enable_grad(), _maps(run, made):
+                hidden = hidden_of(run.head, {} if run.as_it_runs else leaves, piece, run.masked)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
             loss, bar = first_order(
@@ -243,12 +255,17 @@ def loss_gradient(
     return run.ranks.sum_(total), run.ranks.total(loss_sum)
 
 
+def _maps(run: TargetRun, made: Piece | None) -> AbstractContextManager[object]:
+    """How the linear maps of a first-order pass are computed."""
+    return nullcontext() if run.as_it_runs else PlainMode(run.precision, made)
+
+
 def _plain_gradient(
     run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None
 ) -> float:
     """The same through the model's own logits."""
-    with torch.enable_grad(), PlainMode(run.precision, made):
-        logits = logits_of(run.model, leaves, piece, run.masked)
+    with torch.enable_grad(), _maps(run, made):
+        logits = logits_of(run.model, {} if run.as_it_runs else leaves, piece, run.masked)
         marked = Labelled.of(piece, weights_B, scale)
         if marked.trained is not None:
             found = nn.functional.pad(logits, (0, 0, 0, 1)).flatten(0, 1)[marked.before_M]

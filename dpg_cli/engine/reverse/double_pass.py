@@ -133,7 +133,7 @@ def double_pass(
             with mode:
                 logits = logits_of(run.model, aliases, piece, run.masked)
             marked = Labelled.of(piece, weights_B[rows], scale)
-            bar = _logits_bar(logits if need_hvp else logits.detach(), piece, marked)
+            bar = logits_bar(logits if need_hvp else logits.detach(), piece, marked)
             if not bar.requires_grad:
                 bar.requires_grad_()
             tangent = _differentiate(logits, bar, aliases, mode.beside, run.space.views(direction), leaves, need_hvp)
@@ -148,7 +148,7 @@ def double_pass(
     return DualResult(tokens, every, hvp)
 
 
-def _logits_bar(logits: Tensor, piece: Examples, marked: Labelled) -> Tensor:
+def logits_bar(logits: Tensor, piece: Examples, marked: Labelled) -> Tensor:
     """c (p - e_y), or c (p - q) where distributions are trained on; zero where no label is; differentiable by the logits."""
     size = logits.shape[-1]
     factor = logits.new_zeros(piece.ids_N_S.numel()).index_copy(0, marked.before_M + 1, marked.weighted_M)

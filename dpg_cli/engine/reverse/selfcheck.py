@@ -29,7 +29,7 @@ from dpg_cli.engine.reverse.dual_pass import dual_pass
 from dpg_cli.engine.reverse.reading import ROWS, TOKENS, TRIES, Unwritten, look, needs_mask, needs_width
 from dpg_cli.errors import UsageError
 
-SecondOrder = Literal["dual", "double"]
+Pass = Literal["dual", "double", "difference"]
 WIDE = "Rows keep the width of their batch: this model reads a row otherwise where it is longer."
 SMALL = 1 << 26  # parameters up to which the Hessian-vector products are compared: two more vectors of their number
 FIRST = {torch.float32: 1e-3, torch.float64: 1e-5}  # relative errors that are rounding
@@ -49,7 +49,7 @@ class Finding:
         wide: the model reads a row otherwise where it is longer.
     """
 
-    second_order: SecondOrder = "dual"
+    second_order: Pass = "dual"
     note: str = ""
     idle: frozenset[str] = frozenset()
     masked: bool = False
@@ -94,7 +94,7 @@ def selfcheck(run: TargetRun, examples: Examples, *, need_hvp: bool = True) -> F
 
 
 def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) -> Finding:
-    pieces = _pieces(run.model, examples)
+    pieces = small_pieces(run.model, examples)
     if not pieces:
         return Finding()
     masked = needs_mask(run, theta, examples)
@@ -117,7 +117,7 @@ def _check(run: TargetRun, theta: Tensor, examples: Examples, need_hvp: bool) ->
     )
 
 
-def _pieces(model: nn.Module, examples: Examples) -> list[Examples]:
+def small_pieces(model: nn.Module, examples: Examples) -> list[Examples]:
     """A few small pieces of the examples; every token but the first is trained, and none is an embedding's padding."""
     rows = (examples.attention_N_S.sum(1) > 1).nonzero()[:, 0][: ROWS * TRIES]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]

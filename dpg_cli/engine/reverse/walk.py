@@ -15,6 +15,7 @@ products of a dual pass and its reverse, six are a query's.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.double_pass import double_pass
 from dpg_cli.engine.reverse.dual_pass import DualResult, dual_pass
+from dpg_cli.engine.reverse.stepping import Differences
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
@@ -82,6 +84,7 @@ def reverse(
     sink: LabelSink | None = None,
     visits: bool = False,
     journal: Journal | None = None,
+    remedy: str = "",
 ) -> Reversed:
     """Walk the inner run backwards from ∂Φ/∂θ_T.
 
@@ -92,9 +95,10 @@ def reverse(
         sink: is given the credit of every label chunk by chunk, by each rank those of its own rows; of one query alone.
         visits: also return the credit of every visit.
         journal: is told of every step.
+        remedy: what to do where differences do not suit the target.
 
     Raises:
-        DegenerateError: if a metagradient is not finite.
+        DegenerateError: if a metagradient is not finite, or differences are too far off.
     """
     tokens, bars, each = point.token_Q_N_S, point.bars, point.visits
     every: Tensor | None = None
@@ -104,6 +108,9 @@ def reverse(
     for bar in bars if pulls else ():
         bar.theta.mul_(shares[-1])
     stats: dict[str, float] = {}
+    differences = [Differences(run, remedy) for _ in range(queries)] if run.as_it_runs else []
+    for one, state in zip(differences, point.differences, strict=False):
+        one.go_on(state)
     left = total if point.left < 0 else point.left
     for place in reversed(range(left)):
         number = trace.start + place
@@ -133,8 +140,7 @@ def reverse(
                 del grad
             if remembered is not None and queries > 1 and (query or not remembered.room.recording):
                 remembered.rewind(shared=not last)
-            dual = second_pass(
-                run,
+            dual = (differences[query] if differences else partial(second_pass, run))(
                 theta,
                 grad_bar,
                 batch,
@@ -171,6 +177,7 @@ def reverse(
             progress("reverse", total - place, total)
         if journal is not None and place:
             point.left = place
+            point.differences = [one.state() for one in differences]
             journal.reversed(point)
     run.ranks.sum_(tokens)
     if labels and run.ranks.world > 1:
@@ -181,6 +188,8 @@ def reverse(
             "Metagradients are not finite.",
             "Lower inner.lr or raise inner.eps_root; with inner.eps = 0 the update has no derivative at zero.",
         )
+    if differences:
+        stats["difference_error"] = max(one.error for one in differences)
     if stepper.limit:
         stats["clipped_share"] = sum(map(stepper.bites, trace.norms)) / total
     return Reversed(tokens, every, run.ranks.sum_(torch.cat(each[::-1], 1)) if visits else None, stats)

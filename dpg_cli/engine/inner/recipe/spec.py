@@ -94,11 +94,15 @@ class Recipe:
         return ParameterSpace(model, order=sorted(settings, key=lambda name: settings[name]))
 
     @contextmanager
-    def prepared(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    def prepared(self, model: nn.Module, as_it_runs: bool = False) -> Iterator[tuple[nn.Module, list[str]]]:
         """The target ready for the run (`prepare.py`), its frozen parameters asking for no gradients; and what was done to it.
+
+        Args:
+            model: as it was given.
+            as_it_runs: for a second order by differences.
 
         Raises:
             UsageError: for a target that no metagradient here is right for, or a glob of the groups that matches nothing.
         """
-        with prepared(model) as (target, notes), self.groups.freezing(target):
+        with prepared(model, as_it_runs) as (target, notes), self.groups.freezing(target):
             yield target, notes

@@ -1,0 +1,233 @@
+"""Credits and the Hessian-vector product from differences of ordinary passes: for any model that trains at all.
+
+At θ± = θ ± ε d the model runs forwards and backwards as its user runs it: any attention kernel, compiled code, functions of
+its own, checkpoints. With h its hidden states (or its logits, where the head is no standard one) and g = Jᵀ h̄ its gradient
+
+    ḣ = (h₊ - h₋) / 2ε        credits by `head.py`, from (h₊ + h₋) / 2 and ḣ        ∇<d, ∇L> = (g₊ - g₋) / 2ε
+
+each with an error of ε². The head's part of the credits has no difference in it, and the two gradients are summed into one
+vector piece by piece, so that what is rounded there is small. How long the step ε is: `stepping.py`. Source: DESIGN §7.
+
+An embedding that gives its padding row no gradient is read at θ for padding tokens, with its gradient: stock training's
+<d, g> does not change with that row, but ∂<d, g>/∂θ is the true one. Models that cut their gradient elsewhere are refused
+(`selfcheck.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dpg_cli.engine.inner.head import first_order
+from dpg_cli.engine.inner.packing import unpack
+from dpg_cli.engine.inner.prepare import uncompiled
+from dpg_cli.engine.inner.target import Labelled, TargetRun, backward, fused_activations, hidden_of, logits_of
+from dpg_cli.engine.params import carrying
+from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.double_pass import logits_bar
+from dpg_cli.engine.reverse.dual_pass import DualResult, from_logits
+from dpg_cli.engine.reverse.head import second_order
+from dpg_cli.engine.soft import LabelSink
+
+
+@dataclass(frozen=True)
+class Differenced(DualResult):
+    """A `DualResult` by differences.
+
+    Attributes:
+        moved_B_S: how far the prediction of a token went to either side: its hidden state (or its logits, without what they
+            all share) by its own length, and its loss in nats, as one number; 0 where nothing is trained.
+    """
+
+    moved_B_S: Tensor
+
+
+def difference_pass(
+    run: TargetRun,
+    theta: Tensor,
+    direction: Tensor,
+    batch: Examples,
+    weights_B: Tensor,
+    epsilon: float,
+    *,
+    need_hvp: bool,
+    need_labels: bool,
+    hvp_into: Tensor | None = None,
+    sink: LabelSink | None = None,
+) -> Differenced:
+    """What `dual_pass` gives, by central differences; its arguments are the same but for one.
+
+    Args:
+        epsilon: ε, the step along the direction.
+    """
+    scale, whole = 1.0 / run.normalizer(batch), batch
+    batch = run.arranged(batch)
+    hvp = None
+    if need_hvp:
+        hvp = torch.zeros_like(theta) if hvp_into is None or run.ranks.world > 1 else hvp_into
+    tokens = theta.new_zeros(batch.ids_N_S.shape)
+    moved = torch.zeros_like(tokens)
+    every: Tensor | None = None
+    head, side = run.head, torch.empty_like(theta)
+    for rows, piece in run.pieces(batch):
+        marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
+        found = []
+        for sign in (1, -1):
+            torch.add(theta, direction, alpha=sign * epsilon, out=side)
+            found.append(_side(run, side, hvp, piece, marked, direction, sign * epsilon))
+        middle, tangent = (found[0] + found[1]) / 2, (found[0] - found[1]) / (2 * epsilon)
+        del found
+        size = tangent.shape[-1] if head is None else head.layer.out_features
+        if need_labels and every is None:
+            every = theta.new_zeros(*batch.ids_N_S.shape, size)
+        width = piece.ids_N_S.shape[1]
+        piece_every = None if every is None else every[rows]
+        token_to = tokens[rows, :width]
+        if head is None:
+            from_logits(middle, tangent, piece, marked, token_to, piece_every, False, sink)
+            middle, tangent = (
+                logits.flatten(0, 1) - logits.mean(-1).flatten()[:, None] for logits in (middle, tangent)
+            )
+            own = theta.new_zeros(len(piece), width)
+            own[:, 1:] = _movement(middle, tangent, epsilon).view(-1, width - 1) * piece.label_N_S[:, 1:]
+        else:
+            credit_M = _credits(run, theta, direction, middle, tangent, marked, piece, piece_every, sink)
+            own_M = _movement(middle, tangent, epsilon)
+            token_to.copy_(_spread(credit_M, marked, token_to))
+            own = _spread(own_M, marked, token_to)
+        moved[rows, :width] = own.hypot(token_to * (epsilon / scale))
+    if hvp is not None and hvp is not hvp_into:
+        run.ranks.sum_(hvp)
+        hvp = hvp if hvp_into is None else hvp_into.add_(hvp)
+    if batch.layout is not None:
+        tokens, every = unpack(tokens, batch, whole), None if every is None else unpack(every, batch, whole)
+        moved = unpack(moved, batch, whole)
+    return Differenced(tokens, every, hvp, moved)
+
+
+def _spread(value_M: Tensor, marked: Labelled, like: Tensor) -> Tensor:
+    return value_M.new_zeros(like.numel()).index_copy_(0, marked.before_M + 1, value_M).view(like.shape)
+
+
+def _movement(middle: Tensor, tangent: Tensor, epsilon: float) -> Tensor:
+    """|ε ḣ| / |h| along the last axis."""
+    length = torch.linalg.vector_norm(middle, dim=-1)
+    return torch.linalg.vector_norm(tangent, dim=-1).mul_(epsilon) / length.clamp_min(torch.finfo(middle.dtype).tiny)
+
+
+def _side(
+    run: TargetRun, theta: Tensor, hvp: Tensor | None, piece: Examples, marked: Labelled, direction: Tensor, shift: float
+) -> Tensor:  # fmt: skip
+    """At θ + shift · d: the hidden states that predict labels, (M, D), or all logits, (B, S - 1, V).
+
+    The gradient over 2 shift is added to `hvp`.
+    """
+    if hvp is None:
+        values = run.leaves(theta, None)
+        leaves: dict[str, Tensor] = {name: nn.Parameter(view, requires_grad=False) for name, view in values.items()}
+    else:
+        leaves = run.leaves(theta, hvp)
+    with torch.set_grad_enabled(hvp is not None), as_it_runs(run, leaves, piece, direction, shift):
+        if run.head is None:
+            logits = logits_of(run.model, {}, piece, run.masked)
+            if hvp is not None:
+                bar = logits_bar(logits.detach(), piece, marked).mul_(0.5 / shift)
+                backward([(logits, bar)], leaves)
+            return logits.detach()
+        hidden = hidden_of(run.head, {}, piece, run.masked)
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        before = flat[marked.before_M]
+        if hvp is not None:
+            weight, bias = run.head.parameters(leaves)
+            _, bar = first_order(
+                before, weight.detach(), None if bias is None else bias.detach(), marked.ids_M,
+                marked.weighted_M * (0.5 / shift), weight.grad, None if bias is None else bias.grad,
+                None if marked.trained is None else marked.trained.q,
+            )  # fmt: skip
+            hidden_bar = torch.zeros_like(flat).index_copy_(0, marked.before_M, bar).view_as(hidden)
+            backward([(hidden, hidden_bar)], leaves)
+        return before
+
+
+@contextmanager
+def as_it_runs(
+    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, direction: Tensor, shift: float
+) -> Iterator[None]:
+    """Within this context the model has these parameters: also in what is computed again while it goes backwards."""
+    with ExitStack() as stack:
+        stack.enter_context(fused_activations(run.model))
+        stack.enter_context(carrying(run.model, leaves))
+        padding = {module.padding_idx for module in run.model.modules() if isinstance(module, nn.Embedding)}
+        real = piece.ids_N_S[piece.attention_N_S]
+        if any(bool(torch.eq(real, number).any()) for number in padding if number is not None):
+            ways = run.space.views(direction)
+            stack.enter_context(WholeEmbeddings({id(leaf): ways[name] for name, leaf in leaves.items()}, shift))
+            stack.enter_context(uncompiled(run.model))
+        yield
+
+
+class WholeEmbeddings(TorchFunctionMode):
+    """Within this context a padding row has its gradient, and is read at θ.
+
+    Args:
+        directions: d of each parameter, by the id of what the model is called with.
+        shift: how far along them the parameters are.
+    """
+
+    def __init__(self, directions: dict[int, Tensor], shift: float) -> None:
+        super().__init__()
+        self.directions, self.shift = directions, shift
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.embedding:
+            return func(*args, **(kwargs or {}))
+        return self._embedding(*args, **(kwargs or {}))
+
+    def _embedding(
+        self, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **named: Any
+    ) -> Tensor:
+        found = nn.functional.embedding(ids, weight)
+        direction = self.directions.get(id(weight))
+        if padding_idx is None or direction is None:
+            return found
+        back = direction[padding_idx] * self.shift
+        return found - (ids == padding_idx % len(weight)).unsqueeze(-1) * back
+
+
+def _credits(
+    run: TargetRun, theta: Tensor, direction: Tensor, hidden_M_D: Tensor, tangent_M_D: Tensor, marked: Labelled,
+    piece: Examples, every: Tensor | None, sink: LabelSink | None,
+) -> Tensor:  # fmt: skip
+    """The credits of the labelled tokens, from hidden states and their tangents."""
+    head = run.head
+    assert head is not None
+    leaves, tangents = run.leaves(theta, None), run.space.views(direction)
+    weight, bias = head.parameters(leaves)
+    places = None
+    if every is not None:
+        after, length = marked.before_M + 1, piece.ids_N_S.shape[1]
+        places = torch.div(after, length, rounding_mode="floor") * every.shape[1] + after % length
+    return second_order(
+        hidden_M_D,
+        tangent_M_D,
+        weight.detach(),
+        tangents.get(head.weight),
+        None if bias is None else bias.detach(),
+        None if head.bias is None else tangents.get(head.bias),
+        marked.ids_M,
+        marked.weighted_M,
+        need_hvp=False,
+        weight_into=None,
+        bias_into=None,
+        mask_M=marked.mask_M,
+        labels_into=None if every is None else every.view(-1, every.shape[-1]),
+        places_M=places,
+        expected=marked.expected,
+        sink=sink,
+    ).token_M

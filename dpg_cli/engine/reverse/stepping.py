@@ -1,0 +1,316 @@
+"""How long the steps of differences are, and how wrong what they give is.
+
+A step ε along ḡ_t moves each prediction to either side by m = hypot(|ε ḣ| / |h|, |ε ℓ̇|). Truncation is of the order of m²,
+rounding of η / m, with η the numbers' relative precision: they balance near m = η^⅓, whatever model, optimiser and direction.
+So each inner step measures m of a few rows, by their credits, and takes the ε that makes it `aim` = η^⅓.
+
+Some inner steps (the first of the walk, every fourth power after it, the last) are checked on a quarter of their rows, with
+D(4ε), D(ε) and D(ε/4) of credits and of the Hessian-vector product. From
+
+    |D(4ε) - D(ε)|² = (15 T)² + (1 + 1/16) R²          |D(ε) - D(ε/4)|² = (15/16 T)² + (1 + 16) R²
+
+follow truncation T and rounding R at ε: the error is √(T² + R²), and least at ε (R² / 2T²)^⅙, by which `aim` is mended. Steps
+between take T ~ m² and R ~ 1 / m from there, with the m of all their rows (for R of all tokens alike).
+
+The error of all credits adds up, over inner steps by the size of their credits: what each one's differences err, and what the
+Hessian-vector products of those walked before it erred, by the size of θ̄. Source: DESIGN §7.
+
+A model that jumps (a gate at a tie) moves a prediction as far for a short step as for a long one: where predictions moved by
+more than `JUMP`, their credits count as wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpg_cli.engine.inner.target import TargetRun
+from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.difference import Differenced, difference_pass
+from dpg_cli.engine.reverse.dual_pass import DualResult
+from dpg_cli.engine.soft import LabelSink
+from dpg_cli.errors import DegenerateError
+
+WORST = 0.05  # relative error of token credits, beyond which differences are refused
+FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4
+TOKENS = 64  # labels, at least, that either is measured on
+BEGIN = 1e-3  # of |θ|: the first step tried, in float32
+TRIES = 5
+AGAIN = 3  # times that a batch may be passed, where some of its rows went much further than those measured
+JUMP = 0.1
+WIDE = 4.0  # the factor between the three steps of a check
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Squares of relative errors at the step taken.
+
+    Attributes:
+        truncation, rounding: T² and R².
+    """
+
+    truncation: float
+    rounding: float
+
+    def scaled(self, factor: float, least: float = 0.0) -> Errors:
+        """Those at ε times a factor; or where predictions that count moved so much further, and all of them by `least`."""
+        return Errors(self.truncation * factor**4, self.rounding / (least or factor) ** 2)
+
+    def at(self, factor: float) -> float:
+        """The relative error at ε times a factor."""
+        there = self.scaled(factor)
+        return math.sqrt(there.truncation + there.rounding)
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(self.truncation + other.truncation, self.rounding + other.rounding)
+
+    @property
+    def best(self) -> float:
+        """The factor at which the error is least, within the steps that were tried."""
+        if not self.rounding > 0 or not self.truncation > 0:
+            return 1.0 if self.rounding == self.truncation else WIDE if self.rounding > 0 else 1 / WIDE
+        return min(max((self.rounding / (2 * self.truncation)) ** (1 / 6), 1 / WIDE), WIDE)
+
+    @classmethod
+    def of(cls, wide: float, narrow: float, size: float) -> Errors:
+        """From |D(4ε) - D(ε)|², |D(ε) - D(ε/4)|² and |D(ε)|²."""
+        if not size > 0:
+            return cls(0.0, 0.0)
+        up, down = (WIDE**2 - 1) ** 2, (1 - WIDE**-2) ** 2
+        truncation = max(0.0, ((1 + WIDE**2) * wide - (1 + WIDE**-2) * narrow)) / (
+            (1 + WIDE**2) * up - (1 + WIDE**-2) * down
+        )
+        rounding = max(0.0, narrow - down * truncation) / (1 + WIDE**2)
+        return cls(truncation / size, rounding / size)
+
+
+@dataclass
+class Differences:
+    """The second-order passes of one walk, by differences.
+
+    Attributes:
+        run: the target.
+        remedy: what to do where they are refused.
+        walked: inner steps so far.
+        aim: how far predictions are moved.
+    """
+
+    run: TargetRun
+    remedy: str
+    walked: int = 0
+    aim: float = 0.0
+    _length: float = 0.0  # ε |ḡ| of the step before
+    # relative errors of an inner step's credits and Hessian-vector product, as they were checked last
+    _credits: Errors = field(default_factory=lambda: Errors(0.0, 0.0))
+    _product: Errors = field(default_factory=lambda: Errors(0.0, 0.0))
+    _reference: tuple[float, float] = (0.0, 0.0)  # m of the rows that were checked, see `_moved`
+    _carried: float = 0.0  # square of what all products so far did to θ̄
+    _wrong: float = 0.0  # squares of the errors of credits, and of credits
+    _all: float = 0.0
+
+    def __call__(
+        self,
+        theta: Tensor,
+        direction: Tensor,
+        batch: Examples,
+        weights_B: Tensor,
+        *,
+        need_hvp: bool,
+        need_labels: bool,
+        hvp_into: Tensor | None = None,
+        remembered: object = None,
+        sink: LabelSink | None = None,
+    ) -> DualResult:
+        """See `dual_pass`, of which `remembered` is not used; the inner steps come from the last to the first.
+
+        Raises:
+            DegenerateError: if the credits err by more than `WORST`.
+        """
+        run, number = self.run, self.walked
+        self.walked += 1
+        length = float(torch.linalg.vector_norm(direction))
+        if not 0 < length < math.inf:
+            result = difference_pass(
+                run, theta, direction, batch, weights_B, 1.0, need_hvp=False, need_labels=need_labels
+            )
+            return DualResult(result.token_B_S, result.label_B_S_V, torch.zeros_like(theta) if need_hvp else None)
+        self.aim = self.aim or torch.finfo(theta.dtype).eps ** (1 / 3)
+        epsilon = self._epsilon(theta, direction, length, batch, weights_B)
+        if _checked(number) or not need_hvp:
+            epsilon = self._check(theta, direction, batch, weights_B, epsilon, need_hvp)
+        found, epsilon = self._pass(theta, direction, batch, weights_B, epsilon, need_hvp, need_labels, sink)
+        self._length = epsilon * length
+        hvp, moved = found.hvp, self._further(found)
+        jumped, size = self._account(found, self._credits.scaled(*moved))
+        if hvp is not None and hvp_into is not None:
+            product = float(torch.linalg.vector_norm(hvp))
+            hvp = hvp_into.add_(hvp)
+            size_after = max(float(torch.linalg.vector_norm(hvp)), torch.finfo(hvp.dtype).tiny)
+            self._carried += (self._product.scaled(*moved).at(1.0) * product / size_after) ** 2
+        self._refuse(jumped, size)
+        return DualResult(found.token_B_S, found.label_B_S_V, hvp)
+
+    def _pass(
+        self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool,
+        need_labels: bool, sink: LabelSink | None,
+    ) -> tuple[Differenced, float]:  # fmt: skip
+        """All rows, and ε; again where that makes it much better, since some went much further than those measured."""
+        for _ in range(AGAIN):
+            found = difference_pass(
+                self.run,
+                theta,
+                direction,
+                batch,
+                weights_B,
+                epsilon,
+                need_hvp=need_hvp,
+                need_labels=need_labels,
+                sink=sink,
+            )
+            errors = (self._credits + self._product).scaled(*self._further(found))
+            factor = errors.best
+            if sink is not None or not errors.at(factor) < 0.3 * errors.at(1.0):
+                break
+            epsilon *= factor
+        return found, epsilon
+
+    def _further(self, found: Differenced) -> tuple[float, float]:
+        """How much further than at the last check predictions were moved: those that count, and all."""
+        pairs = zip(self._moved(found), self._reference, strict=True)
+        count, every = (moved / before if moved > 0 and before > 0 else 1.0 for moved, before in pairs)
+        return count, every
+
+    def state(self) -> list[float]:
+        """What `go_on` takes, for a walk that goes on in another process."""
+        errors = (self._credits, self._product)
+        return [
+            float(self.walked), self.aim, self._length, *self._reference, self._carried, self._wrong, self._all,
+            *(number for each in errors for number in (each.truncation, each.rounding)),
+        ]  # fmt: skip
+
+    def go_on(self, state: list[float]) -> None:
+        """Go on where another process was."""
+        walked, self.aim, self._length, first, second, self._carried, self._wrong, self._all, *errors = state
+        self.walked, self._reference = int(walked), (first, second)
+        self._credits, self._product = Errors(*errors[:2]), Errors(*errors[2:])
+
+    @property
+    def error(self) -> float:
+        """The estimated relative error of all token credits so far."""
+        return math.sqrt(self._wrong / self._all) if self._all > 0 else 0.0
+
+    def _rows(self, batch: Examples, weights_B: Tensor, share: int, turn: int) -> tuple[Examples, Tensor]:
+        """A share of the batch's rows with at least `TOKENS` labels, others at each turn."""
+        needed = TOKENS * len(batch) // max(1, int(batch.label_N_S.sum()))
+        count = min(len(batch), max(1, len(batch) // share, needed))
+        start = min(turn * count % len(batch), len(batch) - count)
+        return batch.rows(start, start + count), weights_B[start : start + count]
+
+    def _moved(self, found: Differenced) -> tuple[float, float]:
+        """m of some rows: (Σ τ² m⁴ / Σ τ²)^¼, what truncation goes by, and the root mean square."""
+        credits, moved = found.token_B_S.double(), found.moved_B_S.double()
+        sums = (
+            credits.square().sum(),
+            (credits * moved.square()).square().sum(),
+            (moved > 0).sum(),
+            moved.square().sum(),
+        )
+        size, total, count, plain = (self.run.ranks.total(float(each)) for each in sums)
+        return (total / size) ** 0.25 if size > 0 else 0.0, math.sqrt(plain / count) if count else 0.0
+
+    def _epsilon(self, theta: Tensor, direction: Tensor, length: float, batch: Examples, weights_B: Tensor) -> float:
+        """The step that moves predictions by `aim`."""
+        some, weights = self._rows(batch, weights_B, FEW, self.walked)
+        step = self._length / length
+        if not step:
+            own = float(torch.linalg.vector_norm(theta)) or 1.0
+            step = BEGIN * own / length * self.aim / torch.finfo(torch.float32).eps ** (1 / 3)
+        for _ in range(TRIES):
+            found = difference_pass(self.run, theta, direction, some, weights, step, need_hvp=False, need_labels=False)
+            moved, _ = self._moved(found)
+            if not moved < math.inf:
+                step /= 100
+                continue
+            factor = self.aim / moved if moved > 0 else 100.0
+            step *= min(max(factor, 1e-3), 1e3)
+            if 1 / 3 < factor < 3:
+                break
+        return step
+
+    def _check(
+        self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool
+    ) -> float:
+        """Measure the errors of a step, and mend it."""
+        some, weights = self._rows(batch, weights_B, QUARTER, self.walked)
+        for _ in range(2):
+            credits, product = self._errors(theta, direction, some, weights, epsilon, need_hvp)
+            both = credits + product
+            factor = both.best
+            if both.at(factor) > 0.5 * both.at(1.0):  # near enough
+                factor = 1.0
+            epsilon *= factor
+            self.aim *= factor
+            self._reference = self._reference[0] * factor, self._reference[1] * factor
+            self._credits = credits.scaled(factor)
+            if need_hvp:
+                self._product = product.scaled(factor)
+            if 1 / WIDE < factor < WIDE:
+                break
+        return epsilon
+
+    def _errors(
+        self, theta: Tensor, direction: Tensor, some: Examples, weights: Tensor, epsilon: float, need_hvp: bool
+    ) -> tuple[Errors, Errors]:
+        """Of credits, and of the Hessian-vector product."""
+        middle: DualResult | None = None
+        sizes, found = [0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]]
+        for turn, factor in enumerate((1.0, WIDE, 1 / WIDE)):
+            result = difference_pass(
+                self.run, theta, direction, some, weights, factor * epsilon, need_hvp=need_hvp, need_labels=False
+            )
+            if middle is None:
+                middle, self._reference = result, self._moved(result)
+                sizes = [self._square(result.token_B_S, True), 0.0 if result.hvp is None else self._square(result.hvp)]
+                continue
+            found[0][turn - 1] = self._square(result.token_B_S.sub_(middle.token_B_S), True)
+            if result.hvp is not None and middle.hvp is not None:
+                found[1][turn - 1] = self._square(result.hvp.sub_(middle.hvp))
+        first, second = (Errors.of(wide, narrow, size) for (wide, narrow), size in zip(found, sizes, strict=True))
+        return first, second
+
+    def _square(self, values: Tensor, shared: bool = False) -> float:
+        """|values|², of all ranks where each has its own rows."""
+        square = float(torch.linalg.vector_norm(values)) ** 2
+        return self.run.ranks.total(square) if shared else square
+
+    def _account(self, found: Differenced, errors: Errors) -> tuple[float, float]:
+        """Count the credits of an inner step, and their error; the squares of those that jumped, and of all.
+
+        Args:
+            errors: of the credits.
+        """
+        size = self._square(found.token_B_S, True)
+        jumped = self._square(found.token_B_S * (found.moved_B_S > JUMP), True)
+        self._all += size
+        self._wrong += size * (errors.at(1.0) ** 2 + self._carried) + jumped
+        return jumped, size
+
+    def _refuse(self, jumped: float, size: float) -> None:
+        cause = ""
+        if jumped > WORST**2 * size:
+            cause = "a short step moves its predictions far: it has jumps (a router at a tie, rounding within), or is very curved"
+        elif not self.error <= WORST:
+            cause = f"their credits are about {self.error:.0%} off"
+        if cause:
+            raise DegenerateError(f"Differences of ordinary passes do not suit this target: {cause}.", self.remedy)
+
+
+def _checked(number: int) -> bool:
+    """Whether the inner step walked as this number, from 0, is checked."""
+    number += 1
+    while number % 4 == 0:
+        number //= 4
+    return number == 1
