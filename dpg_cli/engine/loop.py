@@ -261,7 +261,8 @@ def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
         excess = spec.dataset / len(examples) if drawn else 0.0
         inner, factor = replace(spec.inner, ranks=players.ranks), 1.0
         if steps > 1:
-            factor = measured_factor(model, examples, metric, inner, moments)
+            # never below the formula: small runs whose noise is beyond ε saturate, and differ by too little
+            factor = max(1.0, measured_factor(model, examples, metric, inner, moments))
         metric.hear(patch_noise(moments, optimizers, tokens, spec.dataset, excess, factor))
 
 
