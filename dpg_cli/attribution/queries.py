@@ -94,7 +94,9 @@ def of_file(path: Path, named: Sequence[str] = ()) -> list[Query]:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UsageError(f"{path}, [{name}] {key}: {first['msg']}.", "Its keys are those of [metric].") from None
-        code = isinstance(options, CustomOptions) and ".py" in options.path  # an installed metric was installed by the user
+        code = (
+            isinstance(options, CustomOptions) and ".py" in options.path
+        )  # an installed metric was installed by the user
         own = options.path if isinstance(options, CustomOptions) and code else None
         if own is not None and own not in named:
             raise UsageError(f"{path}, [{name}]: {own} is code of your own.", f"Name it too: --metric {own}")

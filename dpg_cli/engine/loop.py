@@ -251,8 +251,6 @@ def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     if not spec.dataset or not isinstance(metric, HearsNoise) or spec.replay is not None:
         return
     steps = len(recipe.plan(examples))
-    if recipe.ema and steps > 1:  # the noise is of the last weights
-        return
     optimizers = head_optimizers(model, recipe, steps)
     moments = head_moments(model, examples, metric.window) if optimizers else None
     if moments is not None:
