@@ -157,7 +157,6 @@ def test_adamw_learns_from_soft_labels(credit: str) -> None:
         ("policy.epochs=2", "one step on each rollout"),
         ("trainer=trl", "trainer: 'trl'"),
         ("inner.max_grad_norm=1", "metric.margin: with inner.max_grad_norm the noise"),
-        ("inner.ema=0.5", "metric.margin: with inner.ema the noise"),
         ("stop.predicted=1", "less than 1"),
     ],
 )

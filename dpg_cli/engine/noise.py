@@ -200,7 +200,7 @@ def head_moments(
 def head_optimizers(model: nn.Module, recipe: Recipe, steps: int = 1) -> list[OptimizerSpec]:
     """What each step of a run does to the LM head: the optimiser at that step's rate, without decay.
 
-    Empty where that is no function of each weight's own gradients (clipping), Φ reads averaged weights, or the head is not moved.
+    Empty where that is no function of each weight's own gradients (clipping), or the run does not move the head.
 
     Args:
         model: the target.
@@ -208,7 +208,7 @@ def head_optimizers(model: nn.Module, recipe: Recipe, steps: int = 1) -> list[Op
         steps: T.
     """
     head, settings = find_head(model), recipe.settings(model)
-    if head is None or recipe.max_grad_norm > 0 or recipe.ema or by_matrix(recipe.optimizer):
+    if head is None or recipe.max_grad_norm > 0 or by_matrix(recipe.optimizer):
         return []
     peak = recipe.optimizer.lr if settings is None else settings.get(head.weight, (0.0, 0.0))[0]
     rates = [peak * factor for factor in recipe.schedule.factors(steps, recipe.optimizer.lr)]

@@ -268,16 +268,10 @@ class Config(Section):
                 "stop.predicted: only the pixels of a pattern are predicted, by trainer = 'dpg'; set it to 0 (any other metric is "
                 "driven as far as policy.kl_budget allows)"
             )
-        inner = self.inner
-        barred = (
-            ("max_grad_norm", inner.max_grad_norm > 0),
-            ("optimizer = 'muon'", inner.optimizer == "muon"),
-            ("ema", inner.ema > 0),
-        )
-        if bool(getattr(self.metric, "margin", 0)) and any(there for _, there in barred):
-            what = next(name for name, there in barred if there)
+        if bool(getattr(self.metric, "margin", 0)) and (self.inner.max_grad_norm or self.inner.optimizer == "muon"):
+            what = "inner.max_grad_norm" if self.inner.max_grad_norm else "inner.optimizer = 'muon'"
             raise ValueError(
-                f"metric.margin: with inner.{what} the noise of a weight is no function of its own gradients and is not known; set "
+                f"metric.margin: with {what} the noise of a weight is no function of its own gradients and is not known; set "
                 "metric.margin = 0"
             )
         faults = _policy_faults(self) or _target_faults(self)
