@@ -85,7 +85,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 def test_scores_go_by_their_ending_and_carry_how_they_were_made(data: Path, tmp_path: Path) -> None:
     """The same rows in every format; numbers of the source, what was cut, what counts; a record beside and inside."""
     found = {}
-    for ending in FORMATS:
+    for ending in (known for known in FORMATS if known != ".safetensors"):  # which has no rows
         out = tmp_path / f"scores{ending}"
         report = json.loads(call(data, *EVAL, "--out", out, "--max-length", 24, "--seed", 3, "--json"))
         found[ending] = read_scores(out)

@@ -190,8 +190,8 @@ def test_the_verdict_and_its_age(tmp_path: Path) -> None:
 def test_the_table_of_a_verdict_by_margins(tmp_path: Path) -> None:
     """Measures by name, the quarters as a range, what was before, what the saved target has: nothing nested."""
     folder = make_run(tmp_path / "run")
-    reading = Reading({"phi": -3.0, "norm": 3.0}, (-3.25, -3.125, -3.0, -2.875), 8, 1)
-    control = Reading({"phi": -4.0, "norm": 4.0}, (-4.5, -4.0, -4.0, -4.0), 8, 1)
+    reading = Reading({"phi": -3.0, "norm": 3.0}, (-3.25, -3.125, -3.0, -2.875), 8, 1, 64)
+    control = Reading({"phi": -4.0, "norm": 4.0}, (-4.5, -4.0, -4.0, -4.0), 8, 1, 72)
     save_verdict(folder, EffectVerdict("a norm", {"phi": -5.0, "norm": 5.0}, reading, control, {"norm": 3.5}))
     assert stock_comparison(gather(folder)) == [
         ["Φ", "\u22123", "\u22124"],
@@ -199,6 +199,7 @@ def test_the_table_of_a_verdict_by_margins(tmp_path: Path) -> None:
         ["Φ after a quarter of the data", "\u22123.25 to \u22122.875", "\u22124.5 to \u22124"],
         ["examples", "8", "8"],
         ["optimiser steps", "1", "1"],
+        ["tokens trained on", "64", "72"],
         ["Φ before fine-tuning", "\u22125", "\u22125"],
         ["norm before fine-tuning", "5", "5"],
         ["norm of target/ as saved", "3.5", "\u2013"],
@@ -525,7 +526,11 @@ def test_the_pages_for_readers_are_linked_and_name_what_exists() -> None:
     for name in ("RESPONSIBLE_USE.md", "SECURITY.md", "docs/report.png"):
         assert f"({name})" in readme
         assert (root / name).is_file()
-    sources = "".join(path.read_text(encoding="utf-8") for path in (root / "dpg_cli").rglob("*.py"))
+    files = {path: path.read_text(encoding="utf-8") for path in (root / "dpg_cli").rglob("*.py")}
+    # A Trainer's optimizer.pt is the one pickle that is read, by the loader that runs nothing.
+    checkpoint = files.pop(root / "dpg_cli" / "attribution" / "checkpoint.py")
+    assert re.findall(r"torch\.load\(.*\)\n", checkpoint) == ['torch.load(path, map_location="cpu", weights_only=True)\n']
+    sources = "".join(files.values())
     # SECURITY.md says that these never happen.
     assert "trust_remote_code=True" not in sources
     assert not re.search(r"\bpickle\.|torch\.load\(|weights_only", sources)

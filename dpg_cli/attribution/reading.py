@@ -89,7 +89,7 @@ def read_scores(path: Path) -> Table:
     if not path.is_file():
         raise UsageError(f"There are no scores {path}.", "Name a file that `dpg attribute` wrote.")
     if path.suffix.lower() == ".safetensors":
-        raise UsageError(f"{path} holds tensors without texts.", "Write scores as .parquet: `dpg attribute ... --out`.")
+        raise UsageError(f"{path} holds tensors without texts.", "Let --out of the attribution end in .parquet.")
     names: list[str] = []
     ids: list[int] = []
     scores: list[float] = []

@@ -34,6 +34,7 @@ _NAMES = {
     "well_formed": "of these, well-formed sentences",
     "payload": "read back by zxing-cpp",
     "steps": "optimiser steps",
+    "tokens": "tokens trained on",
     "folds": "\u03a6 after a quarter of the data",
 }
 

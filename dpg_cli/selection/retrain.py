@@ -124,7 +124,7 @@ def retrain(
         raise UsageError(f"{path} is no selection.", "Name what `dpg select` wrote.")
     record, device = made["scores_record"], pick_device(device_name)
     if made.get("weighed"):
-        raise UsageError("A weighed selection needs a trainer that reads weights.", "dpg select ... --drop or --keep")
+        raise UsageError("A weighed selection needs a trainer that reads weights.", "Select by --drop or --keep.")
     config, queries = settings_of(record), queries_of(record, named_metric)
     request, inner = record["request"], config.inner
     if inner.packed_rows or record.get("first_step"):
