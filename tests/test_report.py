@@ -529,7 +529,9 @@ def test_the_pages_for_readers_are_linked_and_name_what_exists() -> None:
     files = {path: path.read_text(encoding="utf-8") for path in (root / "dpg_cli").rglob("*.py")}
     # A Trainer's optimizer.pt is the one pickle that is read, by the loader that runs nothing.
     checkpoint = files.pop(root / "dpg_cli" / "attribution" / "checkpoint.py")
-    assert re.findall(r"torch\.load\(.*\)\n", checkpoint) == ['torch.load(path, map_location="cpu", weights_only=True)\n']
+    assert re.findall(r"torch\.load\(.*\)\n", checkpoint) == [
+        'torch.load(path, map_location="cpu", weights_only=True)\n'
+    ]
     sources = "".join(files.values())
     # SECURITY.md says that these never happen.
     assert "trust_remote_code=True" not in sources
