@@ -26,6 +26,7 @@ CONFIG = {
     "hidden_dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
 ROWS = [[5 * row + place + 1 for place in range(5)] for row in range(4)]
+STEP = 1e-2  # of the five-point differences: large, since the model takes its softmax in float32
 SPEC = {"lr": 1e-3, "betas": (0.95, 0.975), "eps": 1e-8, "eps_root": 1e-8, "weight_decay": 0.01}
 RECIPES: dict[str, dict[str, Any]] = {
     "SGD 0.05, clipped at 2 (bergson's test_grad_clipping)": {"optimizer": "sgd", "lr": 0.05, "clip": 2.0, "passes": 1},
@@ -142,12 +143,12 @@ def ours(recipe: dict[str, Any], weights: str) -> tuple[torch.Tensor, torch.Tens
     found = metagradient(model, examples, whole, metric).example_N
     differences = []
     for row in range(len(ROWS)):
-        values = []
-        for sign in (1, -1):
+        values = {}
+        for step in (-2, -1, 1, 2):
             weights_N = torch.ones(len(ROWS), dtype=torch.float64)
-            weights_N[row] += sign * 1e-4
-            values.append(metagradient(model, examples, whole, metric, weights_N=weights_N).value)
-        differences.append((values[0] - values[1]) / 2e-4)
+            weights_N[row] += step * STEP
+            values[step] = metagradient(model, examples, whole, metric, weights_N=weights_N).value
+        differences.append((values[-2] - 8 * values[-1] + 8 * values[1] - values[2]) / (12 * STEP))
     return found, torch.tensor(differences, dtype=torch.float64)
 
 

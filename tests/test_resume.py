@@ -142,7 +142,8 @@ def test_any_stage_can_be_repeated(
         if stage == "going on":
             on_step = raising_after(4, lambda: throw(KeyboardInterrupt()))  # logged, but in no checkpoint yet
         else:
-            patch.setattr(f"dpg_cli.driver.execute.{stage}", lambda *arguments: throw(KeyboardInterrupt()))
+            where = "dpg_cli.artefacts.models" if stage == "write_png" else "dpg_cli.driver.execute"
+            patch.setattr(f"{where}.{stage}", lambda *arguments: throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             execute(small(), stopped, resume=True, on_step=on_step)
     assert [step for step, _ in checkpoints.found(stopped)] == ([3, 2] if stage == "going on" else [4, 3])

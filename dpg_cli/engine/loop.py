@@ -253,6 +253,8 @@ def tell_noise(players: Players, spec: LoopSpec, examples: Examples) -> None:
     steps = len(recipe.plan(examples))
     if steps > 1 and not (getattr(metric, "margin", 0) or spec.predicted):
         return  # over several steps it takes inner runs of its own: only where something rests upon it
+    if steps > 1 and recipe.ema:  # the noise is of the last weights
+        return
     optimizers = head_optimizers(model, recipe, steps)
     moments = head_moments(model, examples, metric.window) if optimizers else None
     if moments is not None:

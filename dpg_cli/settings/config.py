@@ -330,8 +330,8 @@ def _target_faults(config: Config) -> str:
     noise = (
         "stop.predicted" if config.stop.predicted else "metric.margin" if getattr(config.metric, "margin", 0) else ""
     )
-    if config.inner.ema and config.stop.predicted:
-        return "inner.ema: the noise of averaged weights is not known, which stop.predicted asks for; set one of the two to 0"
+    if config.inner.ema and noise and config.inner_steps > 1:  # over one step nothing is averaged
+        return f"inner.ema: the noise of averaged weights is not known, which {noise} asks for; set one of the two to 0"
     if not config.lora.rank:
         return ""
     if config.models.redraw_target:
