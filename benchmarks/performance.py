@@ -202,6 +202,72 @@ def planted() -> str:
     return "\n".join(lines) + "\n"
 
 
+def bergson_recipes() -> str:
+    """The section of `bergson_recipes.py`."""
+    path = HERE / "results" / "bergson_recipes.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not rows:
+        return ""
+    lines = [
+        "## Clipping, schedules and Muon beside bergson",
+        "",
+        "`python benchmarks/bergson_recipes.py`: scores of four rows in float64, a random GPT-NeoX of pythia-14m's shape, bergson 0.26.1. The",
+        "first recipe is that of bergson's own test of clipping. *Off* is the distance from five-point differences, which a softmax in",
+        "float32 keeps from being better than about 1e-5, and which a few AdamW steps with ε 1e-8 bend.",
+        "",
+        "| recipe | ours off | bergson off | largest difference of the two |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        apart = max(abs(one - other) for one, other in zip(row["ours"], row["bergson"], strict=True))
+        lines.append(f"| {row['recipe']} | {row['ours_off']:.1e} | {row['bergson_off']:.1e} | {apart:.0e} |")
+    lines += [
+        "",
+        "The two agree but for Muon with weight decay: bergson detaches the weights in its decay term, whose derivative is then missing. Its",
+        "Muon also takes embeddings, head and every other matrix, ours what torch.optim.Muon is meant for, the matrices within the model;",
+        "both were given only these to train.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+VARIANTS = {
+    "recipe": "W1 with a cosine schedule after warm-up, clipping and decay groups, beside W1 as it is",
+    "queries": "W1 with sixteen questions, beside one",
+    "packing": "ragged rows (mean a quarter of the longest, 256 tokens) packed, beside padded",
+    "lora": "W3 with LoRA of rank 8, beside all weights",
+}
+
+
+def variants() -> str:
+    """The section of `variants.py`."""
+    found = raw("variants")
+    if not found:
+        return ""
+    lines = [
+        "## What recipe elements, packing, adapters and many questions cost",
+        "",
+        f"`python benchmarks/variants.py`: metagradients beside each other, a process each, {found['threads']} threads. Medians.",
+        "",
+        "| what | time, times | memory above the model, times | seconds | MB | asked for |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, about in VARIANTS.items():
+        if row := found.get(name):
+            seconds, peak = (
+                " / ".join(form.format(v) for v in row[key])
+                for key, form in (("seconds", "{:.1f}"), ("peak_mb", "{:,.0f}"))
+            )
+            lines.append(
+                f"| {about} | {row['ratio']:.2f} | {row['memory']:.2f} | {seconds} | {peak} | {row['wanted']:g} |"
+            )
+    lines += [
+        "",
+        "Sixteen exact questions cannot cost four times one: of the eight products of a step's reverse six are each question's own, so that",
+        "the floor is about nine times (docs/log.md).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def rollout() -> str:
     """The section of `rollout.py`."""
     found = raw("rollout")
@@ -227,7 +293,7 @@ def rollout() -> str:
 
 def main() -> None:
     """Write the page."""
-    sections = [HEAD, metagradient(), memory(), attribute(), planted(), rollout(), NOTES]
+    sections = [HEAD, metagradient(), memory(), attribute(), planted(), variants(), bergson_recipes(), rollout(), NOTES]
     PAGE.write_text("\n".join(section.rstrip() + "\n" for section in sections if section), encoding="utf-8")
 
 
