@@ -268,6 +268,21 @@ def variants() -> str:
     return "\n".join(lines) + "\n"
 
 
+def head_policy() -> str:
+    """The section of `head_policy.py`."""
+    row = raw("head-policy")
+    if not row:
+        return ""
+    lines = [
+        "## The natural policy step at GPT-2's vocabulary",
+        "",
+        "`python benchmarks/head_policy.py`: GPT-2 small's shape with random weights, 32 completions of 128 tokens. The step on the head takes",
+        f"{row['seconds_step']:.1f} s, the rollout {row['seconds_rollout']:.1f} s ({row['step_over_rollout']:.2f} times), and "
+        f"{row['peak_mb_above']:,.0f} MB above the model; it looks at {row['tokens']:,} of the tokens.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def rollout() -> str:
     """The section of `rollout.py`."""
     found = raw("rollout")
@@ -293,7 +308,18 @@ def rollout() -> str:
 
 def main() -> None:
     """Write the page."""
-    sections = [HEAD, metagradient(), memory(), attribute(), planted(), variants(), bergson_recipes(), rollout(), NOTES]
+    sections = [
+        HEAD,
+        metagradient(),
+        memory(),
+        attribute(),
+        planted(),
+        variants(),
+        bergson_recipes(),
+        head_policy(),
+        rollout(),
+        NOTES,
+    ]
     PAGE.write_text("\n".join(section.rstrip() + "\n" for section in sections if section), encoding="utf-8")
 
 
