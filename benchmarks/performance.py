@@ -196,7 +196,7 @@ def planted() -> str:
         f"{row['clipped_share']:.0%} of the steps), decay groups, states by `sqrt`. The metric is the loss on held-out Spanish answers:",
         f"Φ {row['phi_before']:.2f} -> {row['phi']:.2f}. **AUC {row['auc']:.4f}**; {row['planted_among_best']:,} of the "
         f"{row['planted']:,} best-scored are planted.",
-        f"{row['seconds']:.0f} s with {threads} on a machine with other work, {row['peak_mb']:,.0f} MB. Killed {row['kills']} times (in the",
+        f"{row['seconds']:.0f} s with {threads}, {row['peak_mb']:,.0f} MB. Killed {row['kills']} times (in the",
         f"fine-tuning, and in the reverse) and started again: {same}.",
     ]
     return "\n".join(lines) + "\n"

@@ -43,14 +43,7 @@ def render_page(facts: Facts) -> str:
     """The page as HTML text."""
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     script = (_HERE / "browse.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
+    environment = templates(_HERE)
     environment.filters["moment"] = lambda text: text.replace("T", " ").replace("+00:00", " UTC")
     environment.filters["short"] = lambda value: short(value) if isinstance(value, int | float) else str(value)
     control = facts.info.get("control")
@@ -75,6 +68,18 @@ def render_page(facts: Facts) -> str:
         style=Markup(style),
         script=Markup(script),
         policy=Markup(policy(style, script)),
+    )
+
+
+def templates(folder: Path) -> Environment:
+    """The templates of a folder: every value is escaped, and made safe to show."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
 
 

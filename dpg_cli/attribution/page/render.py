@@ -17,14 +17,13 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpg_cli import __version__, report
 from dpg_cli.attribution.page.gather import Facts, Query
 from dpg_cli.data.sources import files_of
 from dpg_cli.escape import pasted
-from dpg_cli.report.page import policy
+from dpg_cli.report.page import policy, templates
 from dpg_cli.report.text import visible
 
 _HERE = Path(__file__).parent
@@ -54,29 +53,25 @@ def render(facts: Facts, place: Path) -> str:
     """
     style = "\n".join((at / "style.css").read_text(encoding="utf-8") for at in (Path(report.__file__).parent, _HERE))
     script = (_HERE / "browse.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    return environment.get_template("page.html").render(
-        title=facts.path.name,
-        version=__version__,
-        count=len(facts.ids_N),
-        queries=facts.queries,
-        facts=made(facts),
-        notes=[str(note) for note in facts.record.get("notes") or []],
-        selections=facts.selections,
-        remedy=facts.remedy,
-        validated=any(query.validation for query in facts.queries),
-        select=f"dpg select {pasted(facts.path)} --drop 50",
-        blocks=list(blocks(facts, place)),
-        style=Markup(style),
-        script=Markup(script),
-        policy=Markup(policy(style, script)),
+    return (
+        templates(_HERE)
+        .get_template("page.html")
+        .render(
+            title=facts.path.name,
+            version=__version__,
+            count=len(facts.ids_N),
+            queries=facts.queries,
+            facts=made(facts),
+            notes=[str(note) for note in facts.record.get("notes") or []],
+            selections=facts.selections,
+            remedy=facts.remedy,
+            validated=any(query.validation for query in facts.queries),
+            select=f"dpg select {pasted(facts.path)} --drop 50",
+            blocks=list(blocks(facts, place)),
+            style=Markup(style),
+            script=Markup(script),
+            policy=Markup(policy(style, script)),
+        )
     )
 
 
