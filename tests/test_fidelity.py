@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from dpg_cli.engine import Batches, Examples, Groups, OptimizerSpec, Recipe, Schedule
 from dpg_cli.engine.inner.run import inner_run
 from dpg_cli.engine.inner.target import TargetRun
+from dpg_cli.recipes.trainer_mean import trainer_mean_note
 
 trl = pytest.importorskip("trl")
 
@@ -140,14 +141,21 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trained_by_trl(
-    model: nn.Module, examples: Examples, arguments: dict[str, Any], folder: Path, adapters: Any = None
+    model: nn.Module,
+    examples: Examples,
+    arguments: dict[str, Any],
+    folder: Path,
+    adapters: Any = None,
+    first: bool = False,
 ) -> nn.Module:
-    """The model after SFTTrainer, on rows that are tokens already."""
+    """The model after SFTTrainer, on rows that are tokens already; with `first`, the first one is a label too."""
     lengths = examples.attention_N_S.sum(1).tolist()
+    label_N_S = examples.label_N_S.clone()
+    label_N_S[:, 0] |= first
     rows = [
         {
             "input_ids": examples.ids_N_S[row, :length].tolist(),
-            "labels": examples.ids_N_S[row, :length].masked_fill(~examples.label_N_S[row, :length], -100).tolist(),
+            "labels": examples.ids_N_S[row, :length].masked_fill(~label_N_S[row, :length], -100).tolist(),
         }
         for row, length in enumerate(lengths)
     ]
@@ -232,3 +240,38 @@ def test_the_same_weights_as_trl(name: str, tmp_path: Path) -> None:
     rounding = distance(dict(theirs.named_parameters()), exact, start)
     assert distance(ours, theirs, start) < max(1e-6, rounding)
     assert distance(ours, exact, start) < 2 * rounding
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_what_the_trainer_counts_of_plain_texts_is_said(architecture: str, tmp_path: Path) -> None:
+    """Every token a label, the first too, as collators for language models give them: the trainer's step is smaller by the
+    share that the note names, or there is no note and the steps agree."""
+    recipe = Recipe(OptimizerSpec("sgd", lr=0.1), batches=Batches(14))
+    examples = make_examples(14, longest=12, seed=3)
+    lengths = examples.attention_N_S.sum(1).tolist()
+    texts = Examples.from_sequences(
+        [examples.ids_N_S[row, :length].tolist() for row, length in enumerate(lengths)], prefix=1
+    )
+    model = without_dropout(make_target(architecture, tied=True, dtype=torch.float32))
+    start, note = copy.deepcopy(model), trainer_mean_note(model, texts, recipe.normalization)
+    ours = trained_by_us(model, texts, recipe)
+    arguments = {
+        **PLAIN,
+        "per_device_train_batch_size": 14,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "seed": SEED,
+        "learning_rate": 0.1,
+    }
+    theirs = dict(trained_by_trl(model, texts, arguments, tmp_path, first=True).named_parameters())
+    before = dict(start.named_parameters())
+    by_us, by_them = (
+        torch.cat([(after[name].detach() - before[name].detach()).flatten() for name in before])
+        for after in (ours, theirs)
+    )
+    share = 1 - float(by_us @ by_them / (by_us @ by_us))
+    if architecture == "llama":
+        assert note is None and abs(share) < 1e-4
+    else:
+        assert note is not None and f"its gradients are {share:.1%} smaller" in note and share > 0.05
+    assert trainer_mean_note(model, Examples.from_sequences([[1, 2, 3, 4]], prefix=2), "token") is None

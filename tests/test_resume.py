@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -298,6 +299,30 @@ def test_other_prompts_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("the dog\nthe cat\n")
     with pytest.raises(UsageError, match=r"are not those that .* was begun with"):
         execute(config, folder, resume=True)
+
+
+@pytest.mark.parametrize("name", ["inner.replay", "metric.file"])
+def test_other_rows_of_the_users_own_are_noticed(tmp_path: Path, name: str) -> None:
+    """Tokens count, not bytes: the same rows written otherwise are the same."""
+    file = tmp_path / "own.jsonl"
+
+    def write(*texts: str, indent: str = "") -> None:
+        file.write_text("".join(json.dumps({"text": text}) + indent + "\n" for text in texts), encoding="utf-8")
+
+    write("the cat", "the dog")
+    config = {
+        "inner.replay": small(f"inner.replay={file}", "inner.replay_share=0.5"),
+        "metric.file": small("metric.name=text-loss", f"metric.file={file}"),
+    }[name]
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, folder, on_step=raising_after(2, lambda: throw(KeyboardInterrupt())))
+    write("the cat", "the cow")
+    with pytest.raises(UsageError, match=rf"rows of {re.escape(name)} are not those that .* was begun with"):
+        execute(config, folder, resume=True)
+    write("the cat", "the dog", indent="  ")
+    execute(config, folder, resume=True)
+    assert folder.generator.is_dir()
 
 
 def test_a_picture_run_goes_on_where_it_is_moved(tmp_path: Path) -> None:

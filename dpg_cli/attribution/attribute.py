@@ -34,6 +34,7 @@ from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.fingerprint import fingerprint
 from dpg_cli.models.loading import LanguageModel, load_target, pick_device, quiet_transformers
+from dpg_cli.recipes.trainer_mean import trainer_mean_note
 from dpg_cli.runs.sessions import peak_memory_mb
 from dpg_cli.settings.config import Config, CustomOptions, TextLossOptions
 
@@ -168,10 +169,11 @@ def set_up(
     target, found, encoder = read_rows(config, request, on_stage)
     examples = Examples(*found.tensors(encoder))
     made_of = fingerprint(target)
+    mean = trainer_mean_note(target.model, examples, config.inner.normalization)
     target, metrics = trained_with(target, config, queries)
     recipe = inner_recipe(config.inner, config.seed)
     plan, start = recipe.plan(examples), None
-    for line in (found.understood.line(), *found.understood.notes()):
+    for line in (found.understood.line(), *found.understood.notes(), *([mean] if mean else [])):
         on_note(line)
     for line in dict.fromkeys(line for metric in metrics for line in getattr(metric, "notes", ())):
         on_note(line)

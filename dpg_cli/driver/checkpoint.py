@@ -28,7 +28,9 @@ from safetensors.torch import save_file
 
 from dpg_cli.driver.build import Built
 from dpg_cli.driver.state import PartLayout, State, capture, check, layout
+from dpg_cli.engine.records import Examples
 from dpg_cli.errors import ConfigError, UsageError
+from dpg_cli.metrics.text_loss import TextLossMetric
 from dpg_cli.patterns.pattern import pattern_from_image
 from dpg_cli.runs.commands import command
 from dpg_cli.runs.files import os_reason, reading, replacing, sync, writing
@@ -62,6 +64,7 @@ class Header(BaseModel):
     step: Annotated[int, Field(ge=0, le=2**31)]
     metrics_bytes: Annotated[int, Field(ge=0, lt=2**63)]
     prompts: str
+    rows: dict[str, str] = {}  # of the user's own files, by the setting that names them; an earlier release has none
     settings: dict[str, Any]
     place: Annotated[str, Field(max_length=200, pattern=r"^[ -~]*$")]
     sha256: dict[str, str]
@@ -130,6 +133,7 @@ def write(folder: RunFolder, config: Config, built: Built, step: int) -> float:
             step=step,
             metrics_bytes=size,
             prompts=built.prompts.fingerprint,
+            rows=own_rows(built),
             settings=config.model_dump(mode="json"),
             place=place(built),
             sha256={part: file_sum(temporary / f"{part}.safetensors") for part in PARTS},
@@ -165,7 +169,7 @@ def newest(
         The checkpoint, or None where the run has none yet; and why newer ones are passed over.
 
     Raises:
-        UsageError: if there are checkpoints and all are damaged, or one is of other settings or other prompts.
+        UsageError: if there are checkpoints and all are damaged, or one is of other settings, prompts or rows.
     """
     faults: list[str] = []
     for step, path in found(folder):
@@ -191,7 +195,7 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built,
 
     Raises:
         DamagedError: if anything in it is not as `write` leaves it.
-        UsageError: if it is whole, but of other settings or prompts.
+        UsageError: if it is whole, but of other settings, prompts or rows.
     """
     if path.is_symlink() or not path.is_dir():
         raise DamagedError("it is no folder")
@@ -216,6 +220,12 @@ def read(folder: RunFolder, path: Path, step: int, config: Config, built: Built,
             f"The prompts {config.prompts.source} are not those that {folder.path} was begun with.",
             "Put them back, or start a new run.",
         )
+    for name, now in own_rows(built).items():
+        if header.rows.get(name, now) != now:
+            raise UsageError(
+                f"The rows of {name} are not those that {folder.path} was begun with.",
+                "Put them back, or start a new run.",
+            )
     _check_metrics(folder, header)
     wanted = layout(built.players)
     state = {part: _tensors(path / f"{part}.safetensors", header.sha256.get(part), wanted[part]) for part in PARTS}
@@ -285,6 +295,23 @@ def forget_after(folder: RunFolder, step: int) -> None:
                 shutil.rmtree(path)
         for path in [path for number, path in checkpoints if number <= step][KEPT:]:
             shutil.rmtree(path)
+
+
+def own_rows(built: Built) -> dict[str, str]:
+    """SHA-256 of the tokens and labels that a run takes from files beside its prompts, by the setting that names the file."""
+    replay, metric = built.spec.replay, built.players.metric
+    found = {
+        "inner.replay": replay.examples if replay is not None else None,
+        "metric.file": metric.documents if isinstance(metric, TextLossMetric) else None,
+    }
+    return {name: _rows_sum(examples) for name, examples in found.items() if examples is not None}
+
+
+def _rows_sum(examples: Examples) -> str:
+    total = hashlib.sha256(str(tuple(examples.ids_N_S.shape)).encode())
+    for tensor in (examples.ids_N_S, examples.label_N_S):
+        total.update(tensor.cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def place(built: Built) -> str:
