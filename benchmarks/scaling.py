@@ -13,7 +13,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dpg_cli.planning.scaling import Device, Job, Prediction, Size, job_of, predict
+from dpg_cli.planning.job import Device, Job, Size, job_of
+from dpg_cli.planning.scaling import Prediction, predict
 from dpg_cli.settings.config import Config
 from dpg_cli.settings.presets import find, resolve
 

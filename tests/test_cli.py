@@ -257,7 +257,7 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
 def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
     (tmp_path / "partial.toml").write_text("steps = 3\n")
     for arguments, message in (
-        (["presets", "show", "qr-embed"], "Did you mean qr-embed.tiny or qr-embed.prose?"),
+        (["presets", "show", "qr-embed"], "Did you mean qr-embed.gpu or qr-embed.tiny?"),
         (["run", "qr-imbed"], "There is no task 'qr-imbed'. Did you mean qr-embed?"),
         (["run", "qr-embed", "--scale", "tny"], "The task qr-embed has no scale 'tny'. Did you mean tiny?"),
         (["run", "l2-shrink", "--text", "x"], "--text is for the tasks qr-embed and pattern-67, not for l2-shrink."),

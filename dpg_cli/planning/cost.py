@@ -20,8 +20,9 @@ from dpg_cli.errors import one_line
 from dpg_cli.metrics.merged import plain
 from dpg_cli.metrics.pattern import PatternMetric
 from dpg_cli.patterns.render import text_pattern
+from dpg_cli.planning.job import Device, Size, job_of
 from dpg_cli.planning.memory import BASE_BYTES, check_memory, machine_bytes
-from dpg_cli.planning.scaling import Device, Size, job_of, need_of, predict
+from dpg_cli.planning.scaling import need_of, predict
 from dpg_cli.settings.config import Config
 
 PROBED = 64  # prompts whose length is taken

@@ -4,7 +4,7 @@ With n_g and n_t parameters, N completions of K tokens to prompts of Q tokens, t
 examples, and F = 2 n · tokens for a forward pass (source of the counts: DESIGN §2):
 
     shared by the ranks      rollout: reading 2 n_g P Q, writing 2 n_g N K; inner run 3F; reverse 3F at t = 0 and 8F elsewhere;
-                             with `sqrt` about 3F (T - √T) / T more; policy 6 n_g N (Q + K)
+                             with `sqrt` about 3F (T - √T) / T more; policy 6 n_g N (Q + K), or a natural step (`generator.py`)
     done by every rank       optimiser steps and adjoints: passes over vectors of n_t numbers, T times each; AdamW on n_g numbers
     sent                     g_t (T times, and what `sqrt` computes again) and Hessian-vector products (T - 1 times), n_t numbers each;
                              the policy's gradient, n_g numbers a mini-batch; a ring all-reduce sends 2 (W - 1) / W of each
@@ -18,140 +18,45 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.models.loading import LanguageModel
-from dpg_cli.models.lora import is_adapted
+from dpg_cli.planning.generator import (
+    contexts_bytes,
+    hidden_bytes,
+    policy_bytes,
+    policy_operations,
+    resident,
+    rollout_bytes,
+    sink_bytes,
+    trained,
+)
+from dpg_cli.planning.job import Device, Job
 from dpg_cli.planning.memory import Need
-from dpg_cli.settings.config import Config
 
-UPDATE_VECTORS, ADJOINT_VECTORS, ADAMW_VECTORS = (
-    7,
-    13,
-    7,
-)  # read or written, of n numbers: `engine/inner/optimizers/`, torch's AdamW
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model: parameters (tied ones once), layers, width, heads, vocabulary, the width of keys and values, and how many
-    parameters are trained where that is not all of them: those of adapters."""
-
-    parameters: int
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    kv_width: int
-    adapters: int = 0
-
-    @property
-    def trained(self) -> int:
-        """Parameters that are trained: the length of states and adjoints."""
-        return self.adapters or self.parameters
-
-    @property
-    def frozen(self) -> int:
-        """Those that are not."""
-        return self.parameters - self.trained
-
-    @classmethod
-    def of(cls, model: LanguageModel) -> Size:
-        """The size of a loaded model."""
-        config = model.model.config.get_text_config()
-        vocabulary, width = model.head.shape
-        heads = getattr(config, "num_attention_heads", 12)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        layers = getattr(config, "num_hidden_layers", 12)
-        adapters = model.trained_count if is_adapted(model.model) else 0
-        return cls(model.parameter_count, layers, width, heads, vocabulary, width // heads * kv_heads, adapters)
-
-    def untied(self) -> Size:
-        """With an LM head of its own."""
-        return replace(self, parameters=self.parameters + self.vocabulary * self.width)
-
-
-@dataclass(frozen=True)
-class Device:
-    """One process's device.
-
-    Attributes:
-        name: for tables.
-        memory: bytes.
-        rate: operations a second of a large matrix product in the run's number format.
-        efficiency: share of it that these passes reach.
-        bandwidth: bytes a second of its memory.
-        link, far_link: bytes a second that it sends to another within a node, and to another node.
-        per_node: devices a node.
-    """
-
-    name: str
-    memory: float
-    rate: float
-    efficiency: float
-    bandwidth: float
-    link: float
-    far_link: float
-    per_node: int = 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """The sizes of an outer step; the letters of the module's header."""
-
-    generator: Size
-    target: Size
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    completion_tokens: int
-    target_tokens: int
-    inner_batch: int
-    micro_batch: int
-    states: Memory
-    minibatch: int
-    policy_rows: int
-    epochs: int
-    at_once: int
-    steps: int
-    labels: bool = False
-    attributed: bool = True
-    extra_runs: int = 0
-    element: int = 4
-    averaged: bool = False
-    passes: float = 1.0
-    exact: bool = True
-
-    @property
-    def examples(self) -> int:
-        """N."""
-        return self.prompts * self.group_size
-
-    @property
-    def inner_steps(self) -> int:
-        """T."""
-        return max(1, round(self.passes * -(-self.examples // self.inner_batch)))
-
-    @property
-    def policy_steps(self) -> int:
-        """Optimiser steps of the generator."""
-        return -(-self.examples // self.minibatch) * self.epochs
+# read or written, of n numbers: `engine/inner/optimizers/`, torch's AdamW, an iteration of conjugate gradients
+UPDATE_VECTORS, ADJOINT_VECTORS, ADAMW_VECTORS, SOLVE_VECTORS = 7, 13, 7, 12
+SOFT_LABELS, SUNK_LABELS = (
+    4.0,
+    2.5,
+)  # products with the generator's head a trained token: soft labels, credits of drawn ones
+NOISE_TOKENS = 65536  # that a pattern's noise is taken of, `engine/noise.py`
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an outer step costs on W processes: seconds by part, and bytes that a rank holds, by part.
+    """What an outer step costs on W processes: seconds by part, and bytes that a rank holds, by part and by phase.
 
     Attributes:
         flops: operations of all ranks.
         sent: bytes that a rank sends.
-        seconds_by_part: rollout, inner run, reverse, policy, every rank's own vectors, sending.
-        bytes_by_part: generator, frozen weights of a target with adapters, states, target activations, policy activations, cache, labels.
+        seconds_by_part: rollout, contexts (with a pattern's noise), inner run, reverse, policy, every rank's own vectors, sending.
+        bytes_by_part: generator, frozen weights of a target with adapters, states, target activations, policy, cache, labels.
+        bytes_by_phase: what is held in the rollout, the contexts, the metagradient, the policy step, and the final dataset.
     """
 
     flops: float
     sent: float
     seconds_by_part: dict[str, float]
     bytes_by_part: dict[str, float]
+    bytes_by_phase: dict[str, float]
 
     @property
     def seconds(self) -> float:
@@ -160,61 +65,12 @@ class Prediction:
 
     @property
     def bytes(self) -> float:
-        """A rank's peak: the metagradient, the policy step and the rollout follow each other, the largest counts."""
-        parts = self.bytes_by_part
-        passing = (parts["states"] + parts["target activations"], parts["policy activations"], parts["cache"])
-        return parts["generator"] + parts["frozen"] + parts["labels"] + max(passing)
+        """A rank's peak: the phases follow each other, the largest counts."""
+        return max(self.bytes_by_phase.values())
 
     def largest(self) -> tuple[str, str]:
         """The part that takes most time, and the one that takes most memory."""
         return tuple(max(parts, key=lambda name: parts[name]) for parts in (self.seconds_by_part, self.bytes_by_part))  # type: ignore[return-value]
-
-
-def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0) -> Job:
-    """The job that settings describe.
-
-    Args:
-        config: the settings.
-        generator, target: sizes of their models as trained, heads untied where the settings untie them.
-        prompt_tokens: Q, what a prompt takes; 0 takes the limit of the settings.
-    """
-    method = config.attribution.method
-    several = method == "metagradient" and config.attribution_runs > 1
-    batch = min(config.inner.batch_size * config.inner.accumulation, config.examples_per_step)
-    batch += config.inner.replayed(batch)
-    if config.inner.packed_rows:
-        batch = -(
-            -config.examples_per_step // config.inner.steps_of_epoch(config.examples_per_step, longest_of(config))
-        )
-    return Job(
-        generator=generator,
-        target=target,
-        prompts=config.prompts.per_step,
-        group_size=config.rollout.group_size,
-        prompt_tokens=prompt_tokens or config.prompts.max_tokens or 1,
-        completion_tokens=config.rollout.max_tokens,
-        target_tokens=longest_of(config),
-        inner_batch=batch,
-        micro_batch=config.inner.micro_batch,
-        states=config.inner.states,
-        exact=config.inner.second_order == "exact" or config.inner.precision != "float32",
-        minibatch=min(config.policy.minibatch, config.examples_per_step),
-        policy_rows=config.policy.micro_batch or config.examples_per_step,
-        epochs=config.policy.epochs,
-        at_once=config.rollout.batch_size,
-        steps=config.steps,
-        labels=config.credit.mode == "expected",
-        attributed=method in ("metagradient", "sgd"),
-        extra_runs=int(several or method in ("sgd", "naive")),
-        averaged=bool(config.inner.ema),
-        element=8 if config.models.dtype == "float64" else 4,
-        passes=config.inner_steps / -(-config.examples_per_step // batch),
-    )
-
-
-def longest_of(config: Config) -> int:
-    """Tokens of the longest example."""
-    return config.inner.max_length or config.rollout.max_tokens + 1
 
 
 def computed_again(job: Job) -> int:
@@ -228,19 +84,29 @@ def computed_again(job: Job) -> int:
 def operations(job: Job) -> dict[str, float]:
     """Floating-point operations of an outer step by part, of all ranks together."""
     steps, total, visits = job.inner_steps, job.examples, job.examples * job.passes
-    forward_t = 2.0 * job.target.parameters * visits * job.target_tokens
+    forward_t = 2.0 * job.target.multiplied * visits * job.target_tokens
     known = need_of(job).remembered_steps  # each spares its dual pass two forward-sized products, the first step one
     plain, dual = 3.0, 3.0 + 8 * (steps - 1) - 2 * min(known, steps - 1) - (known == steps)
     if job.target.adapters:  # frozen weights have neither gradient nor tangent; counted: docs/log.md
         plain, dual = 2.0, 2.0 + 4 * (steps - 1) - 0.8 * known
     reverse = dual / steps * forward_t if job.attributed else 0.0
     reverse += plain * forward_t * computed_again(job) / steps
+    head = 2.0 * job.generator.head * total * job.completion_tokens  # of the generator's distributions, once
+    reverse += head * (SOFT_LABELS - 1 if job.soft else SUNK_LABELS if job.step == "natural" else 0) * job.passes
+    reverse += 2.0 * job.generator.head * job.chosen if job.step == "natural" else 0.0
+    noise = 0.0
+    if job.hears_noise:
+        share = min(1.0, NOISE_TOKENS / (total * job.completion_tokens))
+        noise = share * (head * job.contexts + 2.0 * job.target.multiplied * total * job.target_tokens)
     read, written = job.prompts * job.prompt_tokens, total * job.completion_tokens
+    columns = total * (job.prompt_tokens + job.completion_tokens)
+    backbone = 2.0 * (job.generator.multiplied - job.generator.head)
     return {
-        "rollout": 2.0 * job.generator.parameters * (read + written),
-        "inner run": plain * forward_t * (1 + job.extra_runs),
+        "rollout": 2.0 * job.generator.multiplied * (read + written),
+        "contexts": noise + (backbone * columns if job.contexts else 0.0),
+        "inner run": plain * forward_t * (1 + job.extra_runs) + head * job.soft * job.passes,
         "reverse": reverse,
-        "policy": 6.0 * job.generator.parameters * total * (job.prompt_tokens + job.completion_tokens) * job.epochs,
+        "policy": policy_operations(job),
     }
 
 
@@ -248,7 +114,7 @@ def sent_numbers(job: Job) -> tuple[int, int]:
     """Numbers of the target's and of the generator's size that are summed over ranks in an outer step."""
     steps = job.inner_steps
     vectors = steps * (1 + job.extra_runs) + computed_again(job) + (steps - 1 if job.attributed else 0)
-    return vectors * job.target.trained, job.policy_steps * job.generator.parameters
+    return vectors * job.target.trained, job.policy_steps * trained(job)
 
 
 def need_of(job: Job, world: int = 1) -> Need:
@@ -266,6 +132,7 @@ def need_of(job: Job, world: int = 1) -> Need:
         heads=job.target.heads,
         vocabulary=job.target.vocabulary,
         batch=-(-job.inner_batch // world),
+        metric_tokens=job.metric_tokens,
         averaged=job.averaged,
     )
 
@@ -282,42 +149,87 @@ def predict(job: Job, device: Device, world: int = 1) -> Prediction:
     pace = device.rate * device.efficiency
     # The slowest rank: what it has of each batch, in units of an even share.
     uneven = -(-job.inner_batch // world) * world / job.inner_batch
-    uneven_policy = -(-job.minibatch // world) * world / job.minibatch
+    uneven_policy = -(-job.minibatch // world) * world / job.minibatch if job.step == "adamw" else world
     own_prompts = -(-job.prompts // world)
     rows = min(job.at_once, own_prompts * job.group_size)
-    batches = -(-own_prompts * job.group_size // rows)
-    weights = job.generator.parameters * job.element
-    token = max(2.0 * job.generator.parameters * rows / pace, weights / device.bandwidth)
-    reading = 2.0 * job.generator.parameters * own_prompts * job.prompt_tokens / pace
     own_vectors = job.inner_steps * (UPDATE_VECTORS + ADJOINT_VECTORS) * job.target.trained
-    own_vectors += job.policy_steps * ADAMW_VECTORS * job.generator.parameters
+    moved = ADAMW_VECTORS if job.step == "adamw" else SOLVE_VECTORS * job.products
+    own_vectors += job.policy_steps * moved * trained(job)
     sent = 2 * (world - 1) / world * sum(sent_numbers(job)) * job.element
     link = device.link if world <= device.per_node else device.far_link
     need = need_of(job, world)
     states = (need.vectors + (world > 1)) * job.target.trained * job.element
-    length = job.prompt_tokens + job.completion_tokens
-    policy_rows = min(job.policy_rows, -(-job.minibatch // world))
-    own_logits = job.completion_tokens + 1
-    activations = length * job.generator.layers * 60 * job.generator.width + own_logits * 6 * job.generator.vocabulary
-    labels = job.examples * job.target_tokens * job.target.vocabulary if job.labels else 0
+    labels = job.examples * job.target_tokens * job.target.vocabulary * job.element if job.labels else 0
+    parts = {
+        "generator": resident(job),
+        "frozen": float(job.target.frozen * job.element),
+        "states": float(states),
+        "target activations": need.bytes - need.vectors * job.target.trained * job.element,
+        "policy": policy_bytes(job, min(job.policy_rows, -(-job.minibatch // world))),
+        "cache": rollout_bytes(job, rows),
+        "labels": labels + hidden_bytes(job) + sink_bytes(job),
+    }
+    target = job.target.parameters * job.element
     return Prediction(
         flops=sum(work.values()),
         sent=sent,
         seconds_by_part={
-            "rollout": reading + batches * job.completion_tokens * token,
+            "rollout": rollout_seconds(job, device, world),
+            "contexts": work["contexts"] / world / pace,
             "inner run": work["inner run"] * uneven / world / pace,
             "reverse": work["reverse"] * uneven / world / pace,
             "policy": work["policy"] * uneven_policy / world / pace,
             "own vectors": own_vectors * job.element / device.bandwidth,
             "sending": sent / link if world > 1 else 0.0,
         },
-        bytes_by_part={
-            "generator": 4.0 * weights,
-            "frozen": float(job.target.frozen * job.element),
-            "states": float(states),
-            "target activations": need.bytes - need.vectors * job.target.trained * job.element,
-            "policy activations": float(policy_rows * activations * job.element),
-            "cache": float(2 * rows * length * job.generator.layers * job.generator.kv_width * job.element),
-            "labels": float(labels * job.element),
+        bytes_by_part=parts,
+        bytes_by_phase={
+            "rollout": parts["generator"] + target + parts["cache"],
+            "contexts": parts["generator"] + target + hidden_bytes(job) + contexts_bytes(job),
+            "metagradient": sum(
+                parts[name] for name in ("generator", "frozen", "states", "target activations", "labels")
+            ),
+            "policy": parts["generator"]
+            + target
+            + job.target.trained * job.element
+            + parts["labels"]
+            + parts["policy"],
+            "dataset": dataset_bytes(job, world),
         },
     )
+
+
+def rollout_seconds(job: Job, device: Device, world: int = 1, examples: int = 0) -> float:
+    """Seconds that a rank samples: of an outer step, or of so many examples.
+
+    Args:
+        job, device, world: see `predict`.
+        examples: N; 0 for an outer step's.
+    """
+    pace = device.rate * device.efficiency
+    own = -(-(examples or job.examples) // world)
+    rows = min(job.at_once, own)
+    weights = job.generator.multiplied * job.element
+    token = max(2.0 * job.generator.multiplied * rows / pace, weights / device.bandwidth)
+    token = max(token, job.generator.layers * device.launch)
+    reading = 2.0 * job.generator.multiplied * own / job.group_size * job.prompt_tokens / pace
+    return reading + -(-own // rows) * job.completion_tokens * token
+
+
+def dataset_bytes(job: Job, world: int = 1) -> float:
+    """A rank's peak while the final dataset and its control are made: drawn tokens, no labels, at most two generators."""
+    batch = -(-job.inner_batch * max(job.dataset, 1) // max(1, job.examples))
+    need = need_of(replace(job, inner_batch=batch), world)
+    need = replace(need, steps=job.inner_steps)
+    second = job.generator.parameters * job.element if job.control else 0.0
+    return resident(job) + second + job.target.frozen * job.element + need.bytes
+
+
+def dataset_seconds(job: Job, device: Device, rewards: bool, world: int = 1) -> float:
+    """Seconds that the final dataset and its control take: sampling, an inner run on each, and its reverse for rewards."""
+    times = 1 + job.control
+    scale = job.dataset / job.examples
+    work = operations(replace(job, step="adamw", soft=False, hears_noise=False))
+    passes = work["inner run"] * times + (work["reverse"] if rewards else 0.0)
+    sampling = times * rollout_seconds(job, device, world, job.dataset)
+    return sampling + scale * passes / world / (device.rate * device.efficiency)

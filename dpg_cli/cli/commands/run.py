@@ -109,6 +109,12 @@ def run(
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sizes and cost; run nothing.")] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: predict for a card that is not at hand, from shapes alone: H100, H200, A100, L40S or 4090."
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, max=2**20, help="With --dry-run: predict for so many processes.")
     ] = None,
@@ -123,6 +129,8 @@ def run(
 
         dpg run qr-embed --image code.png --out runs/mine --seed 1
 
+        dpg run qr-embed --scale gpu --card 4090 --dry-run
+
         dpg run language-rephrase --scale paper --generator ./llama --target ./llama --prompts articles.parquet:text
 
         dpg run custom --metric mine.py:Mine --set metric.options.layer=1
@@ -134,6 +142,11 @@ def run(
 
     trackers = check_names(report_to or [])
     settings = settings_of(locals())
+    if card is not None:
+        if not dry_run:
+            raise UsageError("--card predicts and runs nothing.", "Add --dry-run, or leave --card out.")
+        _on_card(settings, as_json, card, processes or 1)
+        return
     with joined("cpu" if dry_run else settings.device) as ranks:
         if not dry_run:
             _run(settings, out, resume, as_json, metric, trackers, ranks)
@@ -152,6 +165,22 @@ def _dry_run(config: Config, as_json: bool, named_metric: str | None, processes:
         return
     typer.echo(to_toml(config))
     typer.echo(cost.as_text())
+
+
+def _on_card(config: Config, as_json: bool, card: str, processes: int) -> None:
+    """Print settings, and what is predicted for a card; nothing is loaded."""
+    from dpg_cli.planning.cards import card_of
+
+    card_of(card)  # before torch has been looked at: a misspelt name is said at once
+    from dpg_cli.planning.outlook import outlook
+    from dpg_cli.settings.config import to_toml
+
+    found = outlook(config, card, processes)
+    if as_json:
+        typer.echo(json.dumps({"config": config.model_dump(mode="json"), "outlook": found.as_dict()}, indent=2))
+        return
+    typer.echo(to_toml(config))
+    typer.echo(found.as_text())
 
 
 def _run(
