@@ -106,7 +106,7 @@ def test_uniforms_invert_the_distribution() -> None:
     """Frequencies over an even table are the probabilities; what has none is never drawn, not even at the ends."""
     pi = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64)
     even = torch.cat([torch.arange(1000, dtype=torch.float64) / 1000, torch.tensor([1 - 2**-53])])[:, None]
-    drawn = from_uniforms(even, 0, pi.expand(1001, -1))[:, 0].bincount(minlength=6)
+    drawn = from_uniforms(even, 0, slice(None), pi.expand(1001, -1))[:, 0].bincount(minlength=6)
     assert drawn.tolist() == [0, 500, 0, 300, 201, 0]
     rng = torch.Generator().manual_seed(3)
     first, second = uniforms(rng, 5, 4), uniforms(rng, 5, 4)

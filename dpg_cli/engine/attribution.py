@@ -13,6 +13,7 @@ optimiser, so that controls can be compared. Source: paper, ablations.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
 from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model
-from dpg_cli.engine.soft import LabelSink
+from dpg_cli.engine.soft import LabelFactors, LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
 
@@ -199,7 +200,7 @@ def attribute_examples(
     inner: InnerSettings,
     *,
     group_size: int,
-    labels: bool = False,
+    labels: bool | Literal["factors"] = False,
     text_reward_N: Tensor | None = None,
     sink: LabelSink | None = None,
 ) -> Metagradient:
@@ -212,7 +213,7 @@ def attribute_examples(
         spec: method and inner runs.
         inner: settings of the inner runs; B applies within each.
         group_size: G.
-        labels: also the credit of every label; only where tokens have values.
+        labels: also the credit of every label, or its "factors"; only where tokens have values.
         text_reward_N: the rewards of method "text".
         sink: is given the credits of labels, where the examples have distributions and tokens have values.
 
@@ -255,7 +256,10 @@ def attribute_examples(
         example_N=_gather(parts, [result.example_N for result in results]),
         token_N_S=_gather(parts, [result.token_N_S for result in results]),
         label_N_S_V=_gather(parts, [result.label_N_S_V for result in results if result.label_N_S_V is not None])
-        if labels
+        if all(result.label_N_S_V is not None for result in results)
+        else None,
+        factors=LabelFactors.merged(parts, [result.factors for result in results if result.factors is not None])
+        if all(result.factors is not None for result in results)
         else None,
         stats=stats,
         notes=_notes(whole, results),
@@ -267,7 +271,7 @@ def _metagradient(
     examples: Examples,
     metric: TargetMetric,
     inner: InnerSettings,
-    labels: bool,
+    labels: bool | Literal["factors"],
     sink: LabelSink | None,
 ) -> Metagradient:
     """The metagradient of one inner run."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, at_first_
 from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refuse_nonfinite, weights_changed
 from dpg_cli.engine.generator.align import completion_texts, read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
-from dpg_cli.engine.generator.credit import assign
+from dpg_cli.engine.generator.credit import assign, form_of_labels
 from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, Sinks, add_advantages
 from dpg_cli.engine.generator.natural import NaturalPolicy
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
@@ -41,7 +42,7 @@ from dpg_cli.engine.phi import parameter_gradient
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Credit, Examples, Metagradient, Rollout
 from dpg_cli.engine.reverse.choice import SecondOrder
-from dpg_cli.engine.soft import HeadLabels
+from dpg_cli.engine.soft import HeadLabels, LabelFactors
 from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.metrics.base import TargetMetric
 from dpg_cli.models.loading import LanguageModel
@@ -200,7 +201,7 @@ def attribute(
     rollout: Rollout,
     labels: HeadLabels | None = None,
     sink: LabelGradient | None = None,
-) -> tuple[Metagradient, Tensor, Tensor | None]:
+) -> tuple[Metagradient, Tensor, Tensor | LabelFactors | None]:
     """Inner run and rewards of a rollout.
 
     Args:
@@ -210,7 +211,7 @@ def attribute(
     Returns:
         The result, with the standard error of Φ in its `stats` where the metric is a scalar (`generator/scalar.py`); τ aligned
         with the generator's tokens, of the token that was drawn unless credit is "expected" (where the labels' credits hold
-        what that token was worth); and τ of every label, or None.
+        what that token was worth); and τ of every label, in factors where it is large, or None.
     """
     reading = read_completions(rollout, players.generator, players.target, spec.max_length)
     examples, drawn, noisy = reading.examples, None, spec.measures_noise(players.metric)
@@ -222,6 +223,10 @@ def attribute(
         if spec.labels == "soft" and (noisy or spec.credit != "expected"):
             drawn = DrawnCredit(labels.weight.new_zeros(rollout.ids_N_K.shape))
     tell_noise(players, spec, examples)
+    asked: bool | Literal["factors"] = False
+    if spec.credit == "expected" and sink is None:
+        size, width = players.target.head.shape
+        asked = form_of_labels(examples.ids_N_S.numel(), size, width, len(spec.recipe.plan(examples)))
     result = attribute_examples(
         players.target.model,
         examples,
@@ -229,7 +234,7 @@ def attribute(
         spec.attribution,
         replace(spec.inner, ranks=players.ranks),
         group_size=rollout.group_size,
-        labels=spec.credit == "expected" and sink is None,
+        labels=asked,
         text_reward_N=text_rewards(players, rollout) if spec.attribution.method == "text" else None,
         sink=Sinks((drawn, sink)) if drawn is not None and sink is not None else sink or drawn,
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,12 @@ from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
 from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model, remedy
 from dpg_cli.engine.reverse.walk import reverse, turning_point
-from dpg_cli.engine.soft import LabelSink
-from dpg_cli.errors import BadValueError, DegenerateError
+from dpg_cli.engine.soft import LabelFactors, LabelSink
+from dpg_cli.errors import BadValueError, DegenerateError, UsageError
 from dpg_cli.metrics.base import TargetMetric, as_metric
 
 RUNAWAY = 1e3  # fine-tuning moves weights by far less than their own size
+MOST_LABELS = 1 << 31  # credits of labels, where they have no factors: 8 GB in float32
 
 
 def metagradient(
@@ -52,7 +54,7 @@ def metagradient(
     weights_N: Tensor | None = None,
     normalization: Normalization | None = None,
     micro_batch: int = 0,
-    labels: bool = False,
+    labels: bool | Literal["factors"] = False,
     visits: bool = False,
     plan: Plan | None = None,
     memory: Memory = "keep",
@@ -78,7 +80,8 @@ def metagradient(
         weights_N: data weights w, all 1 when None.
         normalization: Z_t, see `TargetRun`; instead of the recipe's.
         micro_batch: rows in memory at once; changes nothing beyond rounding. 0: see `TargetRun`.
-        labels: also return the credit of every label, (N, S, V) numbers.
+        labels: also return the credit of every label, (N, S, V) numbers; or "factors", from which those of some tokens are made
+            anew (`soft.LabelFactors`). A target without a standard LM head has no factors, and gives the numbers.
         visits: also return the credit of each visit of an example.
         plan: the examples of each step, instead of the recipe's batches.
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
@@ -113,11 +116,11 @@ def metagradient(
     """
     if journal is not None and (labels or sink is not None):
         raise BadValueError("A journal keeps no credits of labels.", "Leave labels and sink out, or the journal.")
-    found, every = _attributed(
+    found, every, factors = _attributed(
         model, examples, optimizer, [metric], batch_size, weights_N, normalization, micro_batch, labels, visits, plan,
         memory, precision, packing, second_order, progress, ranks, sink, start, journal, replay,
     )  # fmt: skip
-    return replace(found[0], label_N_S_V=every)
+    return replace(found[0], label_N_S_V=every, factors=factors)
 
 
 def metagradients(
@@ -227,7 +230,7 @@ def _attributed(
     weights_N: Tensor | None,
     normalization: Normalization | None,
     micro_batch: int,
-    labels: bool,
+    labels: bool | Literal["factors"],
     visits: bool,
     plan: Plan | None,
     memory: Memory,
@@ -240,8 +243,8 @@ def _attributed(
     start: Start | None,
     journal: Journal | None,
     replay: Replay | None,
-) -> tuple[Metagradients, Tensor | None]:
-    """What both give, and the credit of every label."""
+) -> tuple[Metagradients, Tensor | None, LabelFactors | None]:
+    """What both give, and the credit of every label or its factors."""
     phis = [as_metric(metric) for metric in metrics]
     recipe = Recipe.of(optimizer, batch_size, normalization, precision)
     if recipe.ema and (journal is not None or start is not None):
@@ -276,6 +279,8 @@ def _attributed(
         )
         finding = check_model(run, examples, need_hvp=len(plan) > 1)
         run = finding.apply(run)
+        if labels == "factors":
+            labels = factored(run, examples, given)
         if packing and not can_pack(run, examples):
             run = replace(run, packing=False)
             notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
@@ -310,22 +315,44 @@ def _attributed(
         tokens = [given.as_given(token_N_S) for token_N_S in own_Q_N_S]
         steps, rows = Plan(plan.rows[trace.start :], plan.count).flat
         kept = rows < own  # the others are replay's
-        return Metagradients(
-            value_Q=torch.tensor(point.values, dtype=torch.float64),
-            measures=point.measures,
-            example_Q_N=own_Q_N_S.sum(2),
-            token_Q_N_S=torch.stack(tokens) if len(tokens) > 1 else tokens[0][None],
-            final=run.space.final(target, trace.theta),
-            gradient_median=trace.gradient_median,
-            stats=found.stats,
-            notes=tuple(notes),
-            visits=None
-            if found.visit_Q_M is None
-            else tuple(
-                Visits(steps[kept] + trace.start, rows[kept], credit[kept.to(credit.device)])
-                for credit in found.visit_Q_M
+        return (
+            Metagradients(
+                value_Q=torch.tensor(point.values, dtype=torch.float64),
+                measures=point.measures,
+                example_Q_N=own_Q_N_S.sum(2),
+                token_Q_N_S=torch.stack(tokens) if len(tokens) > 1 else tokens[0][None],
+                final=run.space.final(target, trace.theta),
+                gradient_median=trace.gradient_median,
+                stats=found.stats,
+                notes=tuple(notes),
+                visits=None
+                if found.visit_Q_M is None
+                else tuple(
+                    Visits(steps[kept] + trace.start, rows[kept], credit[kept.to(credit.device)])
+                    for credit in found.visit_Q_M
+                ),
             ),
-        ), None if found.label_N_S_V is None else given.as_given(found.label_N_S_V[:own, :width])
+            None if found.label_N_S_V is None else given.as_given(found.label_N_S_V[:own, :width]),
+            found.factors,
+        )
+
+
+def factored(run: TargetRun, examples: Examples, given: Examples) -> bool | Literal["factors"]:
+    """Whether credits of labels can be kept in factors; True, for all of them, where they cannot.
+
+    Raises:
+        UsageError: where neither can be.
+    """
+    if run.head is not None and run.second_order != "double" and given.aligned() is given:
+        return "factors"
+    size = getattr(getattr(run.model, "config", None), "vocab_size", None)
+    numbers = examples.ids_N_S.numel() * (size if isinstance(size, int) else 1)
+    if numbers > MOST_LABELS:
+        raise UsageError(
+            f"The target has no standard LM head, and the credits of all labels are {numbers:,} numbers, more than {MOST_LABELS:,}.",
+            "Set credit.mode = 'token', fewer or shorter completions, or take another target.",
+        )
+    return True
 
 
 def refuse_divergence(run: TargetRun, theta: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine import batches
-from dpg_cli.engine.soft import SoftLabels
+from dpg_cli.engine.soft import LabelFactors, SoftLabels
 from dpg_cli.errors import BadTypeError, BadValueError
 
 
@@ -278,6 +278,7 @@ class Metagradient:
         stats: further figures of the inner run for the log.
         notes: what was chosen for this model and was not asked for, a sentence each.
         visits: τ of each visit of an example, which sum to its τ_i; None unless asked for.
+        factors: the credit of every label in factors, where that was asked for.
     """
 
     value: float
@@ -290,6 +291,7 @@ class Metagradient:
     stats: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     visits: Visits | None = None
+    factors: LabelFactors | None = None
 
     def __repr__(self) -> str:
         """Three lines: Φ and its measures, the rewards, what was kept."""
@@ -360,8 +362,23 @@ class Credit:
         advantage_N_K: advantage of each sampled token.
         label_N_K_V: reward of every token that could have been sampled (`expected` mode), else None.
         stats: reward and advantage statistics for the log.
+        factors: the same in factors, in place of `label_N_K_V`: for vocabularies whose rewards would not fit.
     """
 
     advantage_N_K: Tensor
     label_N_K_V: Tensor | None = None
     stats: dict[str, float] = field(default_factory=dict)
+    factors: LabelFactors | None = None
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether there are rewards of every token."""
+        return self.label_N_K_V is not None or self.factors is not None
+
+    def labels_at(self, place_M: Tensor) -> Tensor:
+        """Rewards of every token at places of the flat (N · K) axis, (M, V); the caller's own."""
+        if self.factors is not None:
+            return self.factors.at(place_M)
+        if self.label_N_K_V is None:
+            raise ValueError("the credit of labels was not asked for")
+        return self.label_N_K_V.flatten(0, 1)[place_M]

@@ -178,3 +178,102 @@ class Expected:
     def q(self, part: slice) -> Tensor:
         """q of a chunk of the tokens, (m, V)."""
         return self.labels.at(self.places_M[part])
+
+
+@dataclass(frozen=True)
+class StepFactors:
+    """What an inner step said of the labels of its tokens: τ(y) = f (Σ_u p_u ż_u - ż_y), p = softmax(h Wᵀ + a), ż = ḣ Wᵀ + h Ẇᵀ + ȧ.
+
+    Attributes:
+        row_N: which row here each of the N sequences is, int64; -1 for those that the step did not train on.
+        hidden_B_S_D, tangent_B_S_D: h and ḣ of the hidden state that predicts each token.
+        factor_B_S: f, mask / Z.
+        weight, weight_t, bias, bias_t: W, Ẇ (V, D), a, ȧ (V,); None where there is none.
+    """
+
+    row_N: Tensor
+    hidden_B_S_D: Tensor
+    tangent_B_S_D: Tensor
+    factor_B_S: Tensor
+    weight: Tensor
+    weight_t: Tensor | None = None
+    bias: Tensor | None = None
+    bias_t: Tensor | None = None
+
+    def credit(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+        """τ of every label of some tokens, (M, V)."""
+        hidden, tangent = self.hidden_B_S_D[row_M, column_M], self.tangent_B_S_D[row_M, column_M]
+        linear = torch.nn.functional.linear
+        p = torch.softmax(linear(hidden, self.weight, self.bias), -1)
+        moved = linear(tangent, self.weight, self.bias_t)
+        if self.weight_t is not None:
+            moved.addmm_(hidden, self.weight_t.mT)
+        mean = torch.linalg.vecdot(p, moved)[:, None]
+        return torch.sub(mean, moved, out=moved).mul_(self.factor_B_S[row_M, column_M][:, None])
+
+
+@dataclass(frozen=True)
+class LabelFactors:
+    """The credit of every label, (N, K, V), in factors: hidden states and heads with their tangents, made anew for a chunk of tokens.
+
+    A token's credit is the sum over the steps that trained on it.
+
+    Attributes:
+        steps: of the inner run; a sequence is in several where it was trained on several times.
+        width: columns of a sequence, K.
+        offset: columns of the target's sequences that stand before those.
+        scale: by which all are multiplied.
+    """
+
+    steps: tuple[StepFactors, ...]
+    width: int
+    offset: int = 0
+    scale: Tensor | None = None
+
+    @torch.no_grad()
+    def at(self, place_M: Tensor) -> Tensor:
+        """Credits of the labels at places of the flat (N · K) axis, (M, V)."""
+        number = torch.div(place_M, self.width, rounding_mode="floor")
+        column = place_M - number * self.width + self.offset
+        found: Tensor | None = None
+        for step in self.steps:
+            row = step.row_N[number]
+            here = (row >= 0) & (column < step.factor_B_S.shape[1])
+            if not bool(here.any()):
+                continue
+            if bool(here.all()):
+                made = step.credit(row, column)
+                found = made if found is None else found.add_(made)
+                continue
+            places = here.nonzero()[:, 0]
+            made = step.credit(row[places], column[places])
+            found = made.new_zeros(len(place_M), made.shape[1]) if found is None else found
+            found.index_add_(0, places, made)
+        if found is None:
+            first = self.steps[0].weight
+            found = first.new_zeros(len(place_M), len(first))
+        return found if self.scale is None else found.mul_(self.scale)
+
+    def scaled(self, factor: Tensor) -> LabelFactors:
+        """The same times a number."""
+        return replace(self, scale=factor if self.scale is None else self.scale * factor)
+
+    def placed(self, width: int, offset: int) -> LabelFactors:
+        """The same by completion tokens: `width` columns, of which the first is the target's column `offset`."""
+        return replace(self, width=width, offset=offset)
+
+    @classmethod
+    def merged(cls, parts: list[Tensor], factors: list[LabelFactors]) -> LabelFactors:
+        """Of several runs over parts of the sequences, as of one over all.
+
+        Args:
+            parts: the sequences of each run, int64.
+            factors: its credits.
+        """
+        total, steps = sum(len(part) for part in parts), []
+        for part, found in zip(parts, factors, strict=True):
+            for step in found.steps:
+                row_N = step.row_N.new_full((total,), -1)
+                row_N[part.to(row_N.device)] = step.row_N[: len(part)]
+                steps.append(replace(step, row_N=row_N))
+        return cls(tuple(steps), factors[0].width)

@@ -26,6 +26,7 @@ from tokenizers import decoders
 from torch import Tensor
 
 from dpg_cli.engine.records import Examples, Metagradient, Rollout
+from dpg_cli.engine.soft import LabelFactors
 from dpg_cli.models.loading import LanguageModel, same_tokenizer
 
 
@@ -47,25 +48,26 @@ class Reading:
     shared: bool
     offset: int
 
-    def to_completions(self, result: Metagradient) -> tuple[Tensor, Tensor | None]:
+    def to_completions(self, result: Metagradient) -> tuple[Tensor, Tensor | LabelFactors | None]:
         """Credits by completion token.
 
         Args:
             result: of a metagradient over `examples`.
 
         Returns:
-            τ of shape (N, K), and of every label (N, K, V) or None.
+            τ of shape (N, K), and of every label (N, K, V), in factors where the result has them so, or None.
 
         Raises:
             ValueError: for credits of labels where the tokenisers differ: the labels are other tokens.
         """
         labels = result.label_N_S_V
-        if labels is not None and not self.shared:
+        if (labels is not None or result.factors is not None) and not self.shared:
             raise ValueError("the credit of every label needs one tokeniser for generator and target")
         if labels is not None:
             labels = labels[:, self.offset : self.offset + self.width]
             labels = torch.nn.functional.pad(labels, (0, 0, 0, self.width - labels.shape[1]))
-        return self.collect(result.token_N_S), labels
+        factors = None if result.factors is None else result.factors.placed(self.width, self.offset)
+        return self.collect(result.token_N_S), labels if factors is None else factors
 
     def collect(self, token_N_S: Tensor) -> Tensor:
         """Σ of the credits that go to each completion token, (N, K)."""

@@ -13,12 +13,30 @@ group's mean. Rewards may be of any size: each scale below is relative, and noth
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dpg_cli.engine.records import Credit
+from dpg_cli.engine.soft import LabelFactors
 
 MODES = ("sequence", "token", "expected")
+KEPT = (
+    1 << 26
+)  # credits of labels that are kept as they are: 256 MB in float32; more are kept in factors where these are fewer
+
+
+def form_of_labels(tokens: int, vocabulary: int, width: int, steps: int) -> bool | Literal["factors"]:
+    """How the credits of labels are best kept: True for all of them, or in factors.
+
+    Args:
+        tokens: of all examples, padding included.
+        vocabulary, width: V and D of the target's head.
+        steps: T, each of which has a head of its own.
+    """
+    numbers, factors = tokens * vocabulary, 2 * width * (tokens + steps * vocabulary)
+    return "factors" if numbers > KEPT and factors < numbers else True
 
 
 def leave_one_out(values_N: Tensor, group_size: int) -> Tensor:
@@ -49,7 +67,7 @@ def returns(token_N_K: Tensor, discount: float = 1.0) -> Tensor:
 def assign(
     mode: str,
     token_N_K: Tensor,
-    label_N_K_V: Tensor | None,
+    label_N_K_V: Tensor | LabelFactors | None,
     mask_N_K: Tensor,
     group_size: int,
     *,
@@ -63,7 +81,7 @@ def assign(
     Args:
         mode: "sequence", "token" or "expected".
         token_N_K: τ of each sampled token; zero where there is none.
-        label_N_K_V: τ of every label, needed by "expected".
+        label_N_K_V: τ of every label, or its factors; needed by "expected".
         mask_N_K: real completion tokens.
         group_size: G.
         discount: γ, in [0, 1].
@@ -78,7 +96,7 @@ def assign(
     """
     token_N_K = token_N_K * mask_N_K
     reward_N = token_N_K.sum(1)
-    labels: Tensor | None = None
+    labels: Tensor | LabelFactors | None = None
     if mode == "sequence":
         compared = len(reward_N) if across == "batch" else group_size
         deviation = leave_one_out(reward_N, compared)
@@ -97,10 +115,15 @@ def assign(
         labels = label_N_K_V
         if normalize:
             scale = _inverse_rms(total[mask_N_K])
-            advantage, labels = advantage * scale, None if label_N_K_V is None else label_N_K_V * scale
+            advantage = advantage * scale
+            labels = label_N_K_V.scaled(scale) if isinstance(label_N_K_V, LabelFactors) else label_N_K_V
+            labels = labels * scale if isinstance(labels, Tensor) else labels
     else:
         raise ValueError(f"unknown credit mode {mode!r}; there are {', '.join(MODES)}")
-    return Credit(advantage, labels, statistics(reward_N, group_size))
+    figures = statistics(reward_N, group_size)
+    if isinstance(labels, LabelFactors):
+        return Credit(advantage, None, figures, labels)
+    return Credit(advantage, labels, figures)
 
 
 def statistics(reward_N: Tensor, group_size: int) -> dict[str, float]:

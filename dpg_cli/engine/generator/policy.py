@@ -3,54 +3,31 @@
 Maximised, for each completion i and token s with ratio ρ_is = π(y_is) / π_old(y_is):
     min(ρ A, clip(ρ, 1-c, 1+c) A)  +  [expected credit]  Σ_y π(y | prefix) τ_is(y)  -  [KL] β KL(π ‖ π_start)
 summed over tokens and divided by the number of completions, so that long and short ones count alike (no length bias).
+
+Where the generator has a standard LM head, the backbone's hidden states are computed with a graph and the rest in closed form over
+chunks of tokens (`step/objective.py`); a group's completions may share their prompt (`step/rows.py`). Other generators go through
+their logits, (N, K, V), and `policy_loss`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.generator.step.objective import objective
+from dpg_cli.engine.generator.step.rows import Rows, layouts
+from dpg_cli.engine.generator.step.sharing import window_of
+from dpg_cli.engine.generator.step.spec import PolicySpec as PolicySpec
+from dpg_cli.engine.inner.head import Head, find_head
+from dpg_cli.engine.inner.target import fused_activations
 from dpg_cli.engine.ranks import ALONE, BUCKET, Ranks
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.errors import DegenerateError
-
-NOTHING = -1e9  # a logit of probability 0, finite so that differences of log-probabilities are
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """Settings of the policy step.
-
-    Attributes:
-        temperature: of sampling; π is the tempered distribution.
-        clip: c, the ratio's clipping range.
-        kl: β, coefficient of the KL to the starting generator.
-        epochs: passes over the rollout.
-        minibatch: completions an optimiser step.
-        micro_batch: completions in memory at once; 0 for the whole mini-batch. Changes nothing beyond rounding.
-        max_grad_norm: gradient clipping, 0 for none.
-        silent_ids: ids that sampling never draws; π gives them nothing either.
-    """
-
-    temperature: float = 1.0
-    clip: float = 0.2
-    kl: float = 0.0
-    epochs: int = 1
-    minibatch: int = 256
-    micro_batch: int = 0
-    max_grad_norm: float = 1.0
-    silent_ids: tuple[int, ...] = ()
-
-    def log_pi(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the distribution that completions are drawn from, from the generator's logits (..., V)."""
-        logits = logits / self.temperature
-        if self.silent_ids:
-            silent = torch.tensor(self.silent_ids, dtype=torch.int64, device=logits.device)
-            logits.index_fill_(-1, silent, NOTHING)  # of the quotient, not of what was given
-        return torch.log_softmax(logits, -1)
 
 
 def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -98,10 +75,11 @@ def policy_loss(
     clipped = ratio.clamp(1 - spec.clip, 1 + spec.clip)
     gain = torch.minimum(ratio * advantage, clipped * advantage) * mask
     pi: Tensor | None = None
-    if credit.label_N_K_V is not None:
-        labels = credit.label_N_K_V if index is None else credit.label_N_K_V[index]
+    if credit.knows_labels:
+        rows = torch.arange(len(rollout), device=mask.device) if index is None else index
+        places = rows[:, None] * mask.shape[1] + torch.arange(mask.shape[1], device=mask.device)
         pi = log_pi.exp()
-        gain = gain + (pi * labels).sum(-1) * mask
+        gain = gain + (pi * credit.labels_at(places.flatten()).view_as(pi)).sum(-1) * mask
     stats = {"clipped": int(((ratio != clipped) & mask).sum()) / tokens}
     if reference_N_K_V is not None:
         pi = log_pi.exp() if pi is None else pi
@@ -127,40 +105,101 @@ def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
             bucket = []
 
 
+@contextmanager
+def computing(model: nn.Module, spec: PolicySpec) -> Iterator[None]:
+    """Within this context a generator's passes, and what is computed of them again, are in the precision of the settings."""
+    device = next(model.parameters()).device.type
+    lower = torch.autocast(device, torch.bfloat16) if spec.precision == "bf16" else nullcontext()
+    with fused_activations(model), lower:
+        yield
+
+
+def base_of(model: nn.Module) -> Any:
+    """A context within which a generator with adapters is its base: the generator that it started as."""
+    found: Any = model
+    if not hasattr(found, "disable_adapter"):
+        raise ValueError("a model without adapters cannot be its own reference")
+    return found.disable_adapter()
+
+
+def reference_hidden(model: nn.Module, reference: nn.Module, head: Head, rows: Rows, spec: PolicySpec) -> Tensor:
+    """The starting generator's hidden states of the same tokens, (M, D)."""
+    with torch.no_grad(), computing(reference, spec), base_of(model) if reference is model else nullcontext():
+        return rows.hidden(head.base)
+
+
 def add_gradient(
+    model: nn.Module,
+    head: Head,
+    rollout: Rollout,
+    credit: Credit,
+    spec: PolicySpec,
+    own: Tensor,
+    whole: tuple[int, int],
+    reference: tuple[nn.Module, Head] | None,
+) -> dict[str, float]:
+    """The gradient of some rows of a mini-batch, to the parameters' `.grad`; their part of the statistics.
+
+    Args:
+        model, rollout, credit, spec: see `policy_step`.
+        head: of the model.
+        own: the rows' numbers; at least one.
+        whole: completions and tokens of the mini-batch, of all ranks.
+        reference: the starting generator and its head, where β > 0; the model itself stands for its base.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=own.device)
+    for rows in layouts(rollout, own, spec, head, window_of(head) if spec.share else 0):
+        start = None
+        if reference is not None:
+            start = reference[1], reference_hidden(model, reference[0], reference[1], rows, spec)
+        with computing(model, spec):
+            with torch.enable_grad():
+                hidden = rows.hidden(head.base)
+            states = hidden.detach().to(head.layer.weight.dtype)
+            with torch.autocast(states.device.type, enabled=False):
+                found, bar = objective(head, states, rows.place_M, rollout, credit, spec, whole[0], start)
+            del states, start
+            if hidden.requires_grad:
+                torch.autograd.backward([hidden], [bar.to(hidden.dtype)])
+        sums += found
+    _, clipped, kl = sums.tolist()
+    return {"clipped": clipped / whole[1]} | ({"kl": kl / whole[1]} if reference is not None else {})
+
+
+def add_gradient_of_logits(
     model: nn.Module,
     rollout: Rollout,
     credit: Credit,
     spec: PolicySpec,
-    index: Tensor,
+    own: Tensor,
+    whole: tuple[int, int],
     reference: nn.Module | None,
-    ranks: Ranks,
 ) -> dict[str, float]:
-    """The gradient of this rank's rows of a mini-batch, to the parameters' `.grad`; its part of the statistics.
-
-    Args:
-        model, rollout, credit, spec, reference, ranks: see `policy_step`.
-        index: the mini-batch's rows of the rollout, of all ranks.
-    """
-    own = index[ranks.shard(len(index))]
-    whole = len(index), int(rollout.mask_N_K[index].sum())
-    sums = {"clipped": 0.0} | ({"kl": 0.0} if spec.kl > 0 else {})
-    for piece in own.split(spec.micro_batch or max(1, len(own))):
-        if not len(piece):  # a rank without rows
-            break
+    """The same for a model without a standard head, through its logits."""
+    sums = {"clipped": 0.0} | ({"kl": 0.0} if reference is not None else {})
+    for piece in own.split(spec.micro_batch or len(own)):
         part = len(piece) < len(rollout)
         rows = rollout.rows(piece) if part else rollout
-        reference_logprobs = None
-        if spec.kl > 0:
-            if reference is None:
-                raise ValueError("a KL coefficient needs the starting generator as reference")
-            with torch.no_grad():
-                reference_logprobs = spec.log_pi(completion_logits(reference, rows))
-        logits = completion_logits(model, rows)
-        loss, stats = policy_loss(logits, rows, credit, spec, reference_logprobs, piece if part else None, whole)
-        loss.backward()
+        logprobs = None
+        with computing(model, spec):
+            if reference is not None:
+                with torch.no_grad(), base_of(model) if reference is model else nullcontext():
+                    logprobs = spec.log_pi(completion_logits(reference, rows).to(rows.logprobs_N_K.dtype))
+            logits = completion_logits(model, rows).to(rows.logprobs_N_K.dtype)
+            with torch.autocast(logits.device.type, enabled=False):
+                loss, stats = policy_loss(logits, rows, credit, spec, logprobs, piece if part else None, whole)
+            loss.backward()
         sums = {name: total + stats[name] for name, total in sums.items()}
     return sums
+
+
+def order_of(rollout: Rollout, spec: PolicySpec, rng: torch.Generator) -> Tensor:
+    """The rows in the order in which mini-batches take them: any; where prompts are shared, whole groups together."""
+    groups = rollout.group_size
+    if not spec.share or spec.minibatch >= len(rollout) or spec.minibatch % groups:
+        return torch.randperm(len(rollout), generator=rng)
+    order = torch.randperm(len(rollout) // groups, generator=rng)
+    return (order[:, None] * groups + torch.arange(groups)).flatten()
 
 
 def policy_step(
@@ -182,7 +221,7 @@ def policy_step(
         credit: their advantages.
         spec: settings.
         rng: order of the mini-batches (CPU generator).
-        reference: the starting generator, needed when `spec.kl` > 0.
+        reference: the starting generator, needed when `spec.kl` > 0; a model with adapters may be its own: its base is meant.
         ranks: the processes that share each mini-batch; gradients are summed over them, and each makes the same step.
 
     Returns:
@@ -191,14 +230,28 @@ def policy_step(
     Raises:
         DegenerateError: if a gradient is not finite; the generator keeps its weights.
     """
+    if spec.kl > 0 and reference is None:
+        raise ValueError("a KL coefficient needs the starting generator as reference")
+    head, start = find_head(model), None
+    if spec.kl > 0 and reference is not None:
+        start = reference, (head if reference is model else find_head(reference))
     model.train()
     sums: dict[str, float] = {}
     steps = 0
     for _ in range(spec.epochs):
-        order = torch.randperm(len(rollout), generator=rng).to(rollout.ids_N_K.device)
+        order = order_of(rollout, spec, rng).to(rollout.ids_N_K.device)
         for index in order.split(spec.minibatch):
             optimizer.zero_grad(set_to_none=True)
-            stats = add_gradient(model, rollout, credit, spec, index, reference, ranks)
+            own, whole = index[ranks.shard(len(index))], (len(index), int(rollout.mask_N_K[index].sum()))
+            stats = {"clipped": 0.0} | ({} if start is None else {"kl": 0.0})
+            if not len(own):  # a rank without rows
+                pass
+            elif head is not None and (start is None or start[1] is not None):
+                known = None if start is None or start[1] is None else (start[0], start[1])
+                stats = add_gradient(model, head, rollout, credit, spec, own, whole, known)
+            else:
+                base = None if start is None else start[0]
+                stats = add_gradient_of_logits(model, rollout, credit, spec, own, whole, base)
             sum_gradients([parameter for parameter in model.parameters() if parameter.requires_grad], ranks)
             stats = {name: ranks.total(value) for name, value in stats.items()}
             limit = spec.max_grad_norm or float("inf")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dpg_cli.data.chat import PromptFormat
+from dpg_cli.engine.inner.head import Head, chunks, find_head
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Rollout
 from dpg_cli.errors import DegenerateError, UsageError
@@ -117,13 +118,13 @@ def sample(
     if sampling.portable or ranks.world > 1:
         table = uniforms(table_rng or table_source(rng), len(prompts) * groups, sampling.max_tokens)
         table = table[share.start * groups : share.stop * groups]
-    per_batch = max(1, sampling.batch_size // groups)
+    per_batch, head = max(1, sampling.batch_size // groups), find_head(model)
     parts = [_nothing(model)] if not own else []
     for start in range(0, len(own), per_batch):
         ids, mask = encode_prompts(tokenizer, own[start : start + per_batch], sampling.pad_id, sampling.prompts)
         rows = slice(start * groups, (start + per_batch) * groups)
         draw = partial(from_stream, rng) if table is None else partial(from_uniforms, table[rows].to(device))
-        parts.append((ids, mask, *_sample_batch(model, ids.to(device), mask.to(device), sampling, draw)))
+        parts.append((ids, mask, *_sample_batch(model, ids.to(device), mask.to(device), sampling, draw, head)))
         if progress is not None:
             progress(min(start + per_batch, len(own)) * groups, len(own) * groups)
     model.train(training)
@@ -176,59 +177,71 @@ def uniforms(source: torch.Generator, rows: int, columns: int) -> Tensor:
     return torch.rand(rows, columns, dtype=torch.float64, generator=source)
 
 
-def from_stream(rng: torch.Generator, step: int, pi: Tensor) -> Tensor:
-    """A token of each row of probabilities, (N, 1), by the device's own stream."""
+def from_stream(rng: torch.Generator, step: int, rows: slice, pi: Tensor) -> Tensor:
+    """A token of each row of probabilities, (n, 1), by the device's own stream."""
     return torch.multinomial(pi, 1, generator=rng)
 
 
-def from_uniforms(table_N_K: Tensor, step: int, pi: Tensor) -> Tensor:
-    """A token of each row of probabilities, (N, 1): where the distribution function passes the uniform of this step."""
+def from_uniforms(table_N_K: Tensor, step: int, rows: slice, pi: Tensor) -> Tensor:
+    """A token of each row of probabilities, (n, 1): where the distribution function passes the uniform of this step."""
     cumulated = pi.cumsum(1, dtype=torch.float64)
     total = cumulated[:, -1:]
-    place = torch.minimum(table_N_K[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.minimum(table_N_K[rows, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, place, right=True)  # the first that passes it has a probability above 0
 
 
 def _sample_batch(
-    model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, draw: Callable[[int, Tensor], Tensor]
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draw: Callable[[int, slice, Tensor], Tensor],
+    head: Head | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, mask and log-probabilities of one batch, each (P·G, K), and the summed entropy of its real tokens."""
+    """Tokens, mask and log-probabilities of one batch, each (P·G, K), and the summed entropy of its real tokens.
+
+    With a standard LM head only the logits of some rows exist at a time.
+    """
     groups = sampling.group_size
     cache = DynamicCache(config=model.config)
     positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     padded = not bool(mask.all())
-    output = model(
-        input_ids=ids,
-        attention_mask=mask.long() if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits = output.logits[:, -1].repeat_interleave(groups, 0)
+
+    def read(tokens: Tensor, attention: Tensor | None, places: Tensor) -> Tensor:
+        """The last hidden state of each row, or its logits."""
+        called = model if head is None else head.base
+        last = {"logits_to_keep": 1} if head is None else {}
+        output = called(
+            input_ids=tokens,
+            attention_mask=attention,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            **last,
+        )
+        return (output.logits if head is None else output.last_hidden_state)[:, -1]
+
+    states = read(ids, mask.long() if padded else None, positions).repeat_interleave(groups, 0)
     cache.batch_repeat_interleave(groups)
     full_mask = mask.long().repeat_interleave(groups, 0)
     position = positions[:, -1:].repeat_interleave(groups, 0)
-    alive = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
+    alive = torch.ones(len(states), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(sampling.ends(), device=ids.device)
-    silent = torch.tensor(sampling.silent_ids, dtype=torch.int64, device=ids.device)
     tokens, masks, logprobs = [], [], []
-    entropy = torch.zeros((), dtype=logits.dtype, device=ids.device)
+    entropy = torch.zeros((), dtype=states.dtype, device=ids.device)
     for step in range(sampling.max_tokens):
-        logits = logits / sampling.temperature
-        if step + 1 < sampling.min_tokens:
-            logits[:, ends] = -torch.inf
-        if len(silent):
-            logits[:, silent] = -torch.inf
-        log_pi = torch.log_softmax(logits, -1)
-        if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
-            raise DegenerateError(
-                "The generator's probabilities are not finite: its training diverged.", "Lower policy.lr."
-            )
-        pi = log_pi.exp()
-        token = draw(step, pi)
-        chosen = log_pi.gather(1, token)[:, 0]
-        entropy -= (pi * log_pi.clamp_min(-1e4)).sum(1)[alive].sum()
+        token, chosen = torch.empty_like(position), torch.empty_like(states[:, 0])
+        size = states.shape[1] if head is None else head.layer.out_features
+        for rows in chunks(len(states), size):
+            log_pi = _log_pi(states[rows], sampling, step, head)
+            if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
+                raise DegenerateError(
+                    "The generator's probabilities are not finite: its training diverged.", "Lower policy.lr."
+                )
+            pi = log_pi.exp()
+            token[rows] = draw(step, rows, pi)
+            chosen[rows] = log_pi.gather(1, token[rows])[:, 0]
+            entropy -= (pi * log_pi.clamp_min_(-1e4)).sum(1)[alive[rows]].sum()
         tokens.append(torch.where(alive, token[:, 0], sampling.pad_id))
         masks.append(alive)
         logprobs.append(torch.where(alive, chosen, 0.0))
@@ -237,11 +250,22 @@ def _sample_batch(
             break
         full_mask = nn.functional.pad(full_mask, (0, 1), value=1)
         position = position + 1
-        logits = model(
-            input_ids=token,
-            attention_mask=full_mask if padded else None,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        states = read(token, full_mask if padded else None, position)
     return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), entropy
+
+
+def _log_pi(states: Tensor, sampling: Sampling, step: int, head: Head | None) -> Tensor:
+    """Log-probabilities of what some rows may draw next, (n, V).
+
+    Args:
+        states: their last hidden states, (n, D); their logits where there is no head.
+        step: column of the completion.
+    """
+    if head is not None:
+        states = nn.functional.linear(states, head.layer.weight, head.layer.bias)
+    logits = states / sampling.temperature
+    if step + 1 < sampling.min_tokens:
+        logits[:, sampling.ends()] = -torch.inf
+    if sampling.silent_ids:
+        logits[:, list(sampling.silent_ids)] = -torch.inf
+    return torch.log_softmax(logits, -1)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from dpg_cli.engine.inner.target import Labelled, TargetRun, backward, fused_act
 from dpg_cli.engine.params import carrying
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.double_pass import logits_bar
-from dpg_cli.engine.reverse.dual_pass import DualResult, from_logits
+from dpg_cli.engine.reverse.dual_pass import DualResult, factors_into, from_logits
 from dpg_cli.engine.reverse.head import second_order
 from dpg_cli.engine.soft import LabelSink
 
@@ -45,7 +45,7 @@ class Differenced(DualResult):
             all share) by its own length, and its loss in nats, as one number; 0 where nothing is trained.
     """
 
-    moved_B_S: Tensor
+    moved_B_S: Tensor = field(kw_only=True)
 
 
 def difference_pass(
@@ -57,7 +57,7 @@ def difference_pass(
     epsilon: float,
     *,
     need_hvp: bool,
-    need_labels: bool,
+    need_labels: bool | Literal["factors"],
     hvp_into: Tensor | None = None,
     sink: LabelSink | None = None,
 ) -> Differenced:
@@ -74,6 +74,7 @@ def difference_pass(
     tokens = theta.new_zeros(batch.ids_N_S.shape)
     moved = torch.zeros_like(tokens)
     every: Tensor | None = None
+    factored: Tensor | None = None
     head, side = run.head, torch.empty_like(theta)
     for rows, piece in run.pieces(batch):
         marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
@@ -84,7 +85,7 @@ def difference_pass(
         middle, tangent = (found[0] + found[1]) / 2, (found[0] - found[1]) / (2 * epsilon)
         del found
         size = tangent.shape[-1] if head is None else head.layer.out_features
-        if need_labels and every is None:
+        if need_labels is True and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, size)
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
@@ -97,6 +98,8 @@ def difference_pass(
             own = theta.new_zeros(len(piece), width)
             own[:, 1:] = _movement(middle, tangent, epsilon).view(-1, width - 1) * piece.label_N_S[:, 1:]
         else:
+            if need_labels == "factors":
+                factored = factors_into(factored, middle, tangent, marked, batch, rows, width)
             credit_M = _credits(run, theta, direction, middle, tangent, marked, piece, piece_every, sink)
             own_M = _movement(middle, tangent, epsilon)
             token_to.copy_(_spread(credit_M, marked, token_to))
@@ -108,7 +111,8 @@ def difference_pass(
     if batch.layout is not None:
         tokens, every = unpack(tokens, batch, whole), None if every is None else unpack(every, batch, whole)
         moved = unpack(moved, batch, whole)
-    return Differenced(tokens, every, hvp, moved)
+        factored = None if factored is None else unpack(factored, batch, whole)
+    return Differenced(tokens, every, hvp, factored, moved_B_S=moved)
 
 
 def _spread(value_M: Tensor, marked: Labelled, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ PyTorch cuts it. Models that cut their gradient elsewhere are refused here (`sel
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def double_pass(
     weights_B: Tensor,
     *,
     need_hvp: bool,
-    need_labels: bool,
+    need_labels: bool | Literal["factors"],
     hvp_into: Tensor | None = None,
     sink: LabelSink | None = None,
 ) -> DualResult:

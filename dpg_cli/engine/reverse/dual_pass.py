@@ -7,6 +7,7 @@ It takes the closed forms of `forms/`, put in place by `dual.py`, and where the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ class DualResult:
             other ranks.
         label_B_S_V: the same for every label, or None.
         hvp: ∇_θ <d, ∇L(θ)> of the whole batch, shape (n,), or None.
+        factor_B_S_2D: what every label's credit is made of (`soft.py`): the hidden state that predicts each token, and its tangent;
+            zero where nothing is trained and on rows of other ranks; None unless asked for.
     """
 
     token_B_S: Tensor
     label_B_S_V: Tensor | None
     hvp: Tensor | None
+    factor_B_S_2D: Tensor | None = None
 
 
 def dual_pass(
@@ -46,7 +50,7 @@ def dual_pass(
     weights_B: Tensor,
     *,
     need_hvp: bool,
-    need_labels: bool,
+    need_labels: bool | Literal["factors"],
     hvp_into: Tensor | None = None,
     remembered: Remembered | None = None,
     sink: LabelSink | None = None,
@@ -65,7 +69,7 @@ def dual_pass(
         batch: the inner batch of step t.
         weights_B: data weights.
         need_hvp: also reverse through the dual forward (not needed at t = 0).
-        need_labels: also keep the credit of every label.
+        need_labels: also keep the credit of every label, or what it is made of: "factors", of a standard head alone.
         hvp_into: add the product here instead of to new zeros.
         remembered: what `loss_gradient` left of this batch at this θ with these weights; used up.
         sink: is given the credits of every label chunk by chunk, where the batch has distributions (`Examples.soft`).
@@ -78,6 +82,7 @@ def dual_pass(
         hvp = torch.zeros_like(theta) if hvp_into is None or run.ranks.world > 1 else hvp_into
     tokens = theta.new_zeros(batch.ids_N_S.shape)
     every: Tensor | None = None
+    factored: Tensor | None = None
     leaves, tangents = run.leaves(theta, hvp), run.space.views(direction)
     head = run.head
     for rows, piece in run.pieces(batch):
@@ -99,13 +104,15 @@ def dual_pass(
             del duals, output
         # The reverse runs outside the dual level: inside it, saved tensors would still carry their tangents.
         marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
-        if need_labels and every is None:
+        if need_labels is True and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, primal.shape[-1] if head is None else head.layer.out_features)
         width = piece.ids_N_S.shape[1]
         piece_every = None if every is None else every[rows]
         if head is None:
             bars = from_logits(primal, tangent, piece, marked, tokens[rows, :width], piece_every, need_hvp, sink)
         else:
+            if need_labels == "factors":
+                factored = factors_into(factored, primal, tangent, marked, batch, rows, width)
             known = None if made is None else made.hidden_bar
             bars, credit_M = _head_second_order(
                 head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known, sink, made
@@ -120,7 +127,32 @@ def dual_pass(
         hvp = hvp if hvp_into is None else hvp_into.add_(hvp)
     if batch.layout is not None:
         tokens, every = unpack(tokens, batch, whole), None if every is None else unpack(every, batch, whole)
-    return DualResult(tokens, every, hvp)
+        factored = None if factored is None else unpack(factored, batch, whole)
+    return DualResult(tokens, every, hvp, factored)
+
+
+def factors_into(
+    total: Tensor | None, hidden: Tensor, tangent: Tensor, marked: Labelled, batch: Examples, rows: slice, width: int
+) -> Tensor:
+    """Put a piece's hidden states and tangents, those that predict its labelled tokens, where the tokens are, (B, S, 2D).
+
+    Args:
+        total: of the batch; made where there is none yet.
+        hidden, tangent: of the piece, (b, s, D), or of its labelled tokens alone, (M, D).
+        marked: its labelled tokens.
+        batch: which the piece is of.
+        rows: its rows there.
+        width: its columns.
+    """
+    size = hidden.shape[-1]
+    if total is None:
+        total = hidden.new_zeros(*batch.ids_N_S.shape, 2 * size)
+    after = marked.before_M + 1
+    row, column = torch.div(after, width, rounding_mode="floor") + rows.start, after % width
+    for number, values in enumerate((hidden.detach(), tangent.detach())):
+        chosen = values if values.ndim == 2 else values.reshape(-1, size)[marked.before_M]
+        total[row, column, number * size : (number + 1) * size] = chosen
+    return total
 
 
 def _head_second_order(

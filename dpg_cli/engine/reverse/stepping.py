@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class Differences:
         weights_B: Tensor,
         *,
         need_hvp: bool,
-        need_labels: bool,
+        need_labels: bool | Literal["factors"],
         hvp_into: Tensor | None = None,
         remembered: object = None,
         sink: LabelSink | None = None,
@@ -136,7 +137,8 @@ class Differences:
             result = difference_pass(
                 run, theta, direction, batch, weights_B, 1.0, need_hvp=False, need_labels=need_labels
             )
-            return DualResult(result.token_B_S, result.label_B_S_V, torch.zeros_like(theta) if need_hvp else None)
+            hvp = torch.zeros_like(theta) if need_hvp else None
+            return DualResult(result.token_B_S, result.label_B_S_V, hvp, result.factor_B_S_2D)
         self.aim = self.aim or torch.finfo(theta.dtype).eps ** (1 / 3)
         epsilon = self._epsilon(theta, direction, length, batch, weights_B)
         if _checked(number) or not need_hvp:
@@ -151,11 +153,11 @@ class Differences:
             size_after = max(float(torch.linalg.vector_norm(hvp)), torch.finfo(hvp.dtype).tiny)
             self._carried += (self._product.scaled(*moved).at(1.0) * product / size_after) ** 2
         self._refuse(jumped, size)
-        return DualResult(found.token_B_S, found.label_B_S_V, hvp)
+        return DualResult(found.token_B_S, found.label_B_S_V, hvp, found.factor_B_S_2D)
 
     def _pass(
         self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool,
-        need_labels: bool, sink: LabelSink | None,
+        need_labels: bool | Literal["factors"], sink: LabelSink | None,
     ) -> tuple[Differenced, float]:  # fmt: skip
         """All rows, and ε; again where that makes it much better, since some went much further than those measured."""
         for _ in range(AGAIN):

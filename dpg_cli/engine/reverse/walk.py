@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from dpg_cli.engine.records import Examples
 from dpg_cli.engine.reverse.double_pass import double_pass
 from dpg_cli.engine.reverse.dual_pass import DualResult, dual_pass
 from dpg_cli.engine.reverse.stepping import Differences
-from dpg_cli.engine.soft import LabelSink
+from dpg_cli.engine.soft import LabelFactors, LabelSink, StepFactors
 from dpg_cli.errors import DegenerateError
 
 WORST_PRECISION = 0.25  # relative error of token credits, beyond which mixed precision is refused
@@ -45,6 +45,7 @@ class Reversed:
     Attributes:
         token_Q_N_S: τ_is of each query, summed over the visits of each example.
         label_N_S_V: τ_is(y) of the one query, or None.
+        factors: the same in factors, or None.
         visit_Q_M: the credit of each example at each of its visits, in the order of the plan; None unless asked for.
         stats: how far the first update is from sign(g), and further figures; of several queries, those of the first.
     """
@@ -53,6 +54,7 @@ class Reversed:
     label_N_S_V: Tensor | None
     visit_Q_M: Tensor | None
     stats: dict[str, float]
+    factors: LabelFactors | None = None
 
 
 def turning_point(examples: Examples, theta_bars: list[Tensor], values: list[float], measures: Any) -> Backward:
@@ -79,7 +81,7 @@ def reverse(
     examples: Examples,
     weights_N: Tensor,
     point: Backward,
-    labels: bool = False,
+    labels: bool | Literal["factors"] = False,
     progress: Progress | None = None,
     sink: LabelSink | None = None,
     visits: bool = False,
@@ -91,7 +93,7 @@ def reverse(
     Args:
         trace: the inner run; its tape is used up.
         point: where to begin, see `turning_point`; used up.
-        labels: also return the credit of every label; of one query alone.
+        labels: also return the credit of every label, or its factors; of one query alone.
         sink: is given the credit of every label chunk by chunk, by each rank those of its own rows; of one query alone.
         visits: also return the credit of every visit.
         journal: is told of every step.
@@ -102,6 +104,7 @@ def reverse(
     """
     tokens, bars, each = point.token_Q_N_S, point.bars, point.visits
     every: Tensor | None = None
+    factors: list[StepFactors] = []
     total, stepper, queries = len(trace.plan) - trace.start, trace.stepper, len(point.bars)
     shares = stepper.shares  # of θ_1 … θ_T in what Φ read: each gets its part of ∂Φ once the walk has come to it
     pulls = [] if shares[-1] == 1 else [bar.theta.clone() for bar in bars]
@@ -155,6 +158,9 @@ def reverse(
                 bar.theta.add_(pulls[query], alpha=shares[number - 1])
             if last:
                 del before, remembered  # before the tape makes the next state
+            if labels == "factors":
+                fresh = place == 0 and not trace.start
+                factors += step_factors(run, theta, grad_bar, batch, rows, len(examples), dual.factor_B_S_2D, fresh)
             del theta, grad_bar, bar
             add_rows(tokens[query, :, :width], rows, dual.token_B_S)
             if visits:
@@ -180,7 +186,7 @@ def reverse(
             point.differences = [one.state() for one in differences]
             journal.reversed(point)
     run.ranks.sum_(tokens)
-    if labels and run.ranks.world > 1:
+    if labels is True and run.ranks.world > 1:
         size = run.ranks.largest(0 if every is None else every.shape[-1])  # a rank without rows knows no vocabulary
         every = run.ranks.sum_(tokens.new_zeros(*tokens.shape[1:], size) if every is None else every.contiguous())
     if not all_finite(tokens):
@@ -192,7 +198,61 @@ def reverse(
         stats["difference_error"] = max(one.error for one in differences)
     if stepper.limit:
         stats["clipped_share"] = sum(map(stepper.bites, trace.norms)) / total
-    return Reversed(tokens, every, run.ranks.sum_(torch.cat(each[::-1], 1)) if visits else None, stats)
+    visited = run.ranks.sum_(torch.cat(each[::-1], 1)) if visits else None
+    made_of = LabelFactors(tuple(factors), examples.ids_N_S.shape[1]) if labels == "factors" else None
+    return Reversed(tokens, every, visited, stats, made_of)
+
+
+def step_factors(
+    run: TargetRun,
+    theta: Tensor,
+    direction: Tensor,
+    batch: Examples,
+    rows: slice | Tensor,
+    count: int,
+    factor_B_S_2D: Tensor | None,
+    fresh: bool,
+) -> list[StepFactors]:
+    """What a step's credits of labels are made of, on every rank; in several parts where an example is trained on twice in it.
+
+    Args:
+        theta: θ_t.
+        direction: ḡ_t.
+        rows: of the batch among all `count` examples.
+        factor_B_S_2D: see `DualResult`; None on a rank without rows.
+        fresh: θ_t is what the model itself holds, of which no copy is needed.
+    """
+    head = run.head
+    assert head is not None  # `metagrad.py` asks for factors where there is one
+    if factor_B_S_2D is None:
+        factor_B_S_2D = theta.new_zeros(*batch.ids_N_S.shape, 2 * head.layer.in_features)
+    run.ranks.sum_(factor_B_S_2D)
+    hidden, tangent = factor_B_S_2D.chunk(2, -1)
+    given, ways = run.space.views(theta), run.space.views(direction)
+    trained = [name for name in (head.weight, head.bias) if name in given]
+    own = {} if fresh else {name: given[name].clone() for name in trained if name is not None}
+    weight, bias = head.parameters(own)
+    factor = batch.label_N_S / torch.tensor(run.normalizer(batch), dtype=theta.dtype, device=theta.device)
+    numbers = torch.arange(count)[rows].to(theta.device)
+    weight_t, bias_t = (None if name not in ways else ways[name].clone() for name in (head.weight, head.bias or ""))
+    found, left = [], torch.arange(len(numbers), device=theta.device)
+    while len(left):
+        row_N = torch.full((count,), -1, dtype=torch.int64, device=theta.device)
+        row_N[numbers[left]] = left
+        found.append(
+            StepFactors(
+                row_N,
+                hidden,
+                tangent,
+                factor,
+                weight.detach(),
+                weight_t,
+                None if bias is None else bias.detach(),
+                bias_t,
+            )
+        )
+        left = left[row_N[numbers[left]] != left]
+    return found
 
 
 def add_rows(total: Tensor, rows: slice | Tensor, values: Tensor) -> None:
