@@ -15,7 +15,7 @@ from torch import nn
 from dpg_cli.driver.build import build
 from dpg_cli.engine import Examples, OptimizerSpec, Recipe
 from dpg_cli.engine.attribution import InnerSettings, effect
-from dpg_cli.engine.generator.fisher import TokenFisher
+from dpg_cli.engine.generator.reach import Reach
 from dpg_cli.engine.inner.recipe import Batches
 from dpg_cli.engine.loop import outer_step
 from dpg_cli.engine.noise import (
@@ -34,7 +34,7 @@ from dpg_cli.patterns.pattern import Pattern
 
 WINDOW = (slice(3, 9), slice(2, 6))
 ADAMW = OptimizerSpec("adamw", lr=2e-3, eps=1e-2)
-FISHER = TokenFisher(torch.ones(1, 4, dtype=torch.float64), torch.full((1, 6), 0.1, dtype=torch.float64).__getitem__, 6)
+REACH = Reach(*(torch.full((1, size), value, dtype=torch.float64) for size, value in ((4, 1.0), (4, 1.0), (6, 0.1))))
 
 
 def world(n: int = 40):
@@ -127,7 +127,7 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     parameters[metric.head][3:9, 2:6] += 0.05 * metric.signs
     with pytest.raises(UsageError, match="standard errors"):
         metric(parameters, nn.Module())
-    metric.hear(PatchNoise(noise, noise, FISHER, 4096))
+    metric.hear(PatchNoise(noise, noise, REACH, 4096))
     by_hand = -(23 * math.log1p(math.exp(2 * (3 - 5))) + math.log1p(math.exp(2 * (3 - 2.5)))) / 24
     assert float(metric(parameters, nn.Module())) == pytest.approx(by_hand, rel=1e-9)
     found = metric.measures(parameters, nn.Module())
@@ -135,7 +135,7 @@ def test_a_margin_is_counted_in_standard_errors() -> None:
     assert found["z_mean"] == pytest.approx((23 * 5 + 2.5) / 24)
     assert found["sharpness_times_change"] == pytest.approx(10.0)
     plain = make_metric(0.0)
-    plain.hear(PatchNoise(noise, noise, FISHER, 4096))
+    plain.hear(PatchNoise(noise, noise, REACH, 4096))
     assert float(plain(parameters, nn.Module())) == pytest.approx(-math.log1p(math.exp(-2 * 0.05)))
 
 

@@ -22,7 +22,7 @@ from dpg_cli.engine.generator.align import completion_texts, read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
 from dpg_cli.engine.generator.credit import assign, form_of_labels
 from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, Sinks, add_advantages
-from dpg_cli.engine.generator.natural import NaturalPolicy
+from dpg_cli.engine.generator.natural import NaturalPolicy, aimed_share
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.generator.scalar import ERROR, above_start, dataset_error
@@ -320,17 +320,17 @@ def improve(
         add_advantages(gradient, labels, rollout, credit, players.ranks)
         gradient.scale(int(rollout.mask_N_K.sum()) / len(places))  # of all tokens, from those that were looked at
         gradient.sum_over(players.ranks)
-        metric, start, aims = players.metric, None, False
+        metric, start, share = players.metric, None, 0.0
         if isinstance(metric, HearsNoise) and metric.heard is not None:
-            aims = metric.aims
-            if labels.weight.shape == players.target.head.shape:
+            share = aimed_share(step) if metric.aims else 0.0
+            if not isinstance(players.natural, WholePolicy):
                 start = tilt_of(metric, result.final, metric.heard, gradient.total)
         elif not isinstance(players.natural, WholePolicy):
             start = hint(players, result, gradient.total)
         if isinstance(players.natural, WholePolicy):
             rng, ranks = players.order_rng, players.ranks
-            return players.natural.step(labels, rollout, gradient, result.value, rng, aims=aims, ranks=ranks)
-        return players.natural.step(labels, places, gradient.total, result.value, start=start, aims=aims)
+            return players.natural.step(labels, rollout, gradient, result.value, rng, share=share, ranks=ranks)
+        return players.natural.step(labels, places, gradient.total, result.value, start=start, share=share)
     for group in players.policy.param_groups:
         group["lr"] = spec.lr_at(step)
     return policy_step(

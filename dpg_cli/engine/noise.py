@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.attribution import InnerSettings, effect
-from dpg_cli.engine.generator.fisher import TokenFisher
+from dpg_cli.engine.generator.head_policy import with_ones
+from dpg_cli.engine.generator.reach import Reach
 from dpg_cli.engine.inner.head import chunks, find_head, logits_at
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, by_matrix, initial_state, update
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import DegenerateError
 
 TOKENS = 65536  # that moments are taken of, at most
@@ -47,8 +49,7 @@ class PatchNoise:
     Attributes:
         error_R_C: its standard error at the size of the dataset, in units of the weights.
         slope_R_C: change of a weight for a change of minus its gradient.
-        fisher: F of the rectangle's rows and columns: a tilt a of the generator's logits, a_r · h on the columns, changes minus
-            the gradient by F a.
+        reach: what a change of the generator's head does to minus the gradient.
         examples: of the dataset.
         excess: variance of the noise of a change that is measured, in units of that of the dataset: examples of the dataset
             for each of an outer step with drawn labels, 0 with soft ones.
@@ -56,7 +57,7 @@ class PatchNoise:
 
     error_R_C: Tensor
     slope_R_C: Tensor
-    fisher: TokenFisher
+    reach: Reach
     examples: int
     excess: float = 0.0
 
@@ -114,16 +115,16 @@ class Aimed:
 
 
 def tilt_of(metric: HearsNoise, final: Mapping[str, Tensor], noise: PatchNoise, like_V_D: Tensor) -> Tensor:
-    """The change of a head that a natural step finds where the generator's hidden states are the target's: s ⊙ pull, (V, D).
+    """The change of the generator's head that a natural step finds, but for rows that the metric does not read, (V, D).
 
     Args:
         metric: what pulls.
         final: θ_T.
         noise: of its patch.
-        like_V_D: a head of the target's shape, or with a column for a bias more.
+        like_V_D: the generator's head, a column for a bias included.
     """
     tilt = torch.zeros_like(like_V_D)
-    tilt[metric.window] = (noise.slope_R_C * metric.pull(final)).to(tilt)
+    tilt[metric.window[0]] = noise.reach.tilt((noise.slope_R_C * metric.pull(final)).to(tilt)).x
     return tilt
 
 
@@ -134,17 +135,18 @@ class Moments:
     Attributes:
         mean_R_C: g.
         square_R_C: E of its square.
-        fisher: of the window's rows and columns, of the same tokens.
+        reach: of the generator's head on the window, from the same tokens; where no head's distributions are known, the
+            target's hidden states stand for the generator's, and for drawn tokens the target's distributions.
     """
 
     mean_R_C: Tensor
     square_R_C: Tensor
-    fisher: TokenFisher
+    reach: Reach
 
     @property
     def tokens(self) -> int:
         """That they were taken of."""
-        return self.fisher.tokens
+        return self.reach.tokens
 
     def error(self, tokens: float) -> Tensor:
         """σ, the standard error of g at so many tokens."""
@@ -172,7 +174,8 @@ def head_moments(
     stride = max(1, -(-labelled // most))
     some = examples.take(torch.arange(0, len(examples), stride)) if stride > 1 else examples
     mean = weight.new_zeros(rows.stop - rows.start, columns.stop - columns.start)
-    square, reads, likely = torch.zeros_like(mean), [], []
+    square, reads, likely, own = torch.zeros_like(mean), [], [], []
+    labels = some.soft if isinstance(some.soft, HeadLabels) else None
     size = max(1, CPU_TOKENS // some.ids_N_S.shape[1])
     for start in range(0, len(some), size):
         piece = some.rows(start, start + size)
@@ -192,9 +195,14 @@ def head_moments(
             square.addmm_((p * (p - 2 * q) + q).mT, read.square())
             reads.append(read)
             likely.append(p if marked.expected is None else q)
+        if marked.expected is not None and isinstance(marked.expected.labels, HeadLabels):
+            own.append(with_ones(marked.expected.labels.hidden(marked.expected.places_M), marked.expected.labels.bias))
+        else:
+            own.append(hidden_M_D)
     count = max(1, sum(map(len, reads)))
-    fisher = TokenFisher(torch.cat(reads), torch.cat(likely).__getitem__, len(mean))
-    return Moments(mean / count, square / count, fisher)
+    temperature = 1.0 if labels is None else labels.temperature
+    reach = Reach(torch.cat(own), torch.cat(reads), torch.cat(likely), columns.start, temperature)
+    return Moments(mean / count, square / count, reach)
 
 
 def head_optimizers(model: nn.Module, recipe: Recipe, steps: int = 1) -> list[OptimizerSpec]:
@@ -242,7 +250,7 @@ def patch_noise(
         states.append(update(spec, states[-1], grad, step, last=step == len(specs) - 1))
     slope = (states[-1].theta / grad).abs().view_as(moments.mean_R_C)
     wider = responses(specs, states, grad).view_as(slope) if len(specs) > 1 else 1.0
-    return PatchNoise(factor * wider * slope * moments.error(tokens), slope, moments.fisher, examples, excess)
+    return PatchNoise(factor * wider * slope * moments.error(tokens), slope, moments.reach, examples, excess)
 
 
 def responses(specs: Sequence[OptimizerSpec], states: list[State], grad: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class PatternMetric:
         self.margin = margin
         self.aims = aims
         self.heard: PatchNoise | None = None
+        self.pulled: tuple[Tensor, Tensor] | None = None  # a change, and the pull there
         rows, columns = self.signs.shape
         self.window = (slice(origin[0], origin[0] + rows), slice(origin[1], origin[1] + columns))
         self.before = weight.detach()[self.window].clone()
@@ -110,7 +111,7 @@ class PatternMetric:
 
     def hear(self, noise: PatchNoise) -> None:
         """Take in what is known of the patch's noise at the final dataset's size."""
-        self.heard = noise
+        self.heard, self.pulled = noise, None
 
     @property
     def noise(self) -> Tensor | None:
@@ -124,7 +125,10 @@ class PatternMetric:
     def pull(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """What a policy step follows, (R, C): ∂Φ/∂W, or the adjoint that brings every pixel to the margin."""
         if self.aims and self.heard is not None and self.noise is not None:
-            return moments_pull(self.heard, self.margin * self.noise * self.signs - self.change(parameters))
+            change = self.change(parameters)
+            if self.pulled is None or not torch.equal(self.pulled[0], change):  # a policy step asks twice
+                self.pulled = change, moments_pull(self.heard, self.margin * self.noise * self.signs - change)
+            return self.pulled[1]
         weight = parameters[self.head].detach().requires_grad_()
         with torch.enable_grad():
             (bar,) = torch.autograd.grad(self({self.head: weight}, nn.Module()), weight)

@@ -31,6 +31,7 @@ from dpg_cli.errors import DegenerateError
 GROWTH, FALL = 1.1, 0.5  # of the trust region, after a step that raised Φ and after one that did not
 COSTLY = 1.5  # times δ that a step may cost before it is shortened
 CLOSE = 0.02  # of the budget, within which a scaled change ends
+SHARE, MEMORY = 0.5, 2.0  # of a step whose length counts that is taken: at first, and over the outer steps so far
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class NaturalSpec:
         damping: λ, without a unit.
         iterations, tolerance: of the conjugate gradients.
         tokens: that the gradient, the Fisher and the KL are taken of, at most; 0 for as many as have `KEPT` probabilities.
-        relaxation: share of a step whose length counts (Gauss-Newton) that is taken.
     """
 
     trust: float = 1e-3
@@ -54,7 +54,6 @@ class NaturalSpec:
     iterations: int = 10
     tolerance: float = 0.05
     tokens: int = 0
-    relaxation: float = 0.5
 
 
 @dataclass
@@ -106,7 +105,7 @@ class NaturalPolicy(TrustRegion):
         phi: float,
         *,
         start: Tensor | None = None,
-        aims: bool = False,
+        share: float = 0.0,
     ) -> dict[str, float]:
         """One step.
 
@@ -116,7 +115,8 @@ class NaturalPolicy(TrustRegion):
             gradient_V_D: ∇Φ by the head, the bias as its last column; used up.
             phi: Φ of the generator as it is.
             start: a change of the head whose multiple is near the solution, where one is known; used up.
-            aims: the gradient asks for certain changes: its solution, relaxed, is the step, and δ only bounds it.
+            share: of the solution that is the step, where the gradient asks for certain changes and δ only bounds it
+                (`aimed_share`); 0 where δ is its length.
 
         Returns:
             Figures for the log: δ, the step's and the whole KL in nats a token, iterations, residual, gradient norm.
@@ -144,7 +144,7 @@ class NaturalPolicy(TrustRegion):
             length = dot(found.x, fisher.product(found.x, gradient_V_D))
             del fisher, gradient_V_D
             scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
-            scale = min(scale, self.spec.relaxation) if aims else scale
+            scale = min(scale, share) if share else scale
             self.change.add(found.x, scale)
             cost = step_divergence(hidden, self.change.now, found.x, scale, labels.temperature)
             while cost > COSTLY * trust:  # no longer small: shorten it
@@ -166,6 +166,15 @@ class NaturalPolicy(TrustRegion):
             self.change.shrink(((1 - CLOSE / 2) * budget / kl) ** 0.5)
             kl = divergence(hidden_M_D, self.change.now, start, temperature)
         return kl
+
+
+def aimed_share(step: int) -> float:
+    """The share of a Gauss-Newton step that outer step `step` takes.
+
+    What is missing is measured on one rollout, with the noise of its contexts; shares that fall like 1/step make the end the
+    mean over rollouts, not the last one's answer.
+    """
+    return min(SHARE, MEMORY / (step + 1))
 
 
 def spread(places: Tensor, most: int) -> Tensor:

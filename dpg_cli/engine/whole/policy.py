@@ -120,7 +120,7 @@ class WholePolicy(TrustRegion):
         phi: float,
         rng: torch.Generator,
         *,
-        aims: bool = False,
+        share: float = 0.0,
         ranks: Ranks = ALONE,
     ) -> dict[str, float]:
         """One step.
@@ -131,7 +131,7 @@ class WholePolicy(TrustRegion):
             gradient: of Φ by the head and by the hidden states, summed over ranks; of the tokens of `places`.
             phi: Φ of the generator as it is.
             rng: of the diagonal's estimate, on the CPU.
-            aims: see `NaturalPolicy.step`.
+            share: see `NaturalPolicy.step`.
             ranks: the processes that share the completions.
 
         Returns:
@@ -169,7 +169,7 @@ class WholePolicy(TrustRegion):
             found = self.direction(contexts, theta, before[0], q, temperature, climb, rng)
             length = dot(found.x, contexts.product(theta, found.x, q, temperature))
             scale = (2 * trust / length) ** 0.5 if length > 0 else 0.0
-            scale = min(scale, self.spec.relaxation) if aims else scale
+            scale = min(scale, share) if share else scale
             while True:
                 self.space.write(self.model, torch.add(theta, found.x, alpha=scale))
                 after = self.side(contexts, self.space.read(self.model))
