@@ -29,6 +29,16 @@ CASES = {
         "l2-shrink",
         ["policy.kl=0.1", "policy.epochs=2", "inner.optimizer=sgd", "inner.momentum=0.9"],
     ),
+    "a generator's adapters, checkpoints, bf16": (
+        "pattern-67",
+        [
+            "policy.parameters=lora",
+            "policy.kl=0.1",
+            "policy.gradient_checkpointing=true",
+            "policy.precision=bf16",
+            "policy.micro_batch_tokens=64",
+        ],
+    ),
 }
 
 

@@ -22,11 +22,14 @@ from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.generator.scalar import ScalarProspect
+from dpg_cli.engine.generator.step.sharing import obstacle
+from dpg_cli.engine.inner.head import find_head
 from dpg_cli.engine.loop import LoopSpec, Players
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.errors import UsageError
 from dpg_cli.models.fingerprint import Fingerprint, fingerprint
+from dpg_cli.models.hub import first_line
 from dpg_cli.models.loading import (
     LanguageModel,
     load_generator,
@@ -59,6 +62,7 @@ class Built:
         prospect: what the metric's pattern will cost, or the budget can do, where natural steps or a margin ask for it.
         target_made_of: the fingerprint of the target before it got adapters; None where it has none.
         replayed: how the rows of `inner.replay` were understood.
+        hinders: why completions of a group do not share their prompt, though they were to; empty where they can.
     """
 
     players: Players
@@ -70,6 +74,7 @@ class Built:
     prospect: Prospect | ScalarProspect | None = None
     target_made_of: Fingerprint | None = None
     replayed: tuple[str, ...] = ()
+    hinders: str = ""
 
     @property
     def notes(self) -> list[str]:
@@ -81,6 +86,7 @@ class Built:
             *([prompts] if prompts else []),
             *getattr(self.players.metric, "notes", ()),
             *self.replayed,
+            *([f"prompts are read once for each completion, not once a group: {self.hinders}"] if self.hinders else []),
             *([f"the chat template asks for today's date and is given {DATE}"] if dated else []),
         ]
 
@@ -119,9 +125,13 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     target, metric = trained_target(target, config, named_metric)
     cost = None if seen is None else prospect(config, metric, target, seen, loop_spec(config, generator, form))
     optimizer, natural = policy_of(config, generator)
-    reference = None
-    if config.policy.kl > 0 and natural is None:
-        reference = load_generator(config.models, device).model.requires_grad_(False)
+    reference: torch.nn.Module | None = None
+    if config.policy.kl > 0 and natural is None:  # of adapters the base, without a copy
+        adapted = config.policy.parameters == "lora"
+        reference = generator.model if adapted else load_generator(config.models, device).model.requires_grad_(False)
+    if config.checkpoints_generator and natural is None and config.trainer == "dpg":
+        checkpoint_activations(generator)
+    hinders = obstacle(generator.model, find_head(generator.model)) if config.policy.share_prompts else ""
     players = Players(
         generator=generator,
         target=target,
@@ -138,7 +148,9 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
     spec = replace(loop_spec(config, generator, form), replay=replay)
-    return Built(players, spec, sampler, device, compared, config, cost, made_of, replayed)
+    share = config.policy.share_prompts and not hinders
+    spec = replace(spec, policy=replace(spec.policy, share=share))
+    return Built(players, spec, sampler, device, compared, config, cost, made_of, replayed, hinders)
 
 
 def generator_models(config: Config) -> ModelsConfig:
@@ -155,6 +167,22 @@ def with_adapters(config: Config, generator: LanguageModel) -> LanguageModel:
     lora = Lora(policy.lora_rank, policy.lora_alpha, policy.lora_modules)
     model: Any = adapt(generator.model, lora, config.seed, "generator")
     return replace(generator, model=model.eval())
+
+
+def checkpoint_activations(generator: LanguageModel) -> None:
+    """Let the generator compute its layers' activations again as it goes backwards.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    model: Any = generator.model
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise UsageError(
+            f"The generator {generator.name!r} cannot compute its activations again: {first_line(error)}.",
+            "Set policy.gradient_checkpointing = false, and policy.micro_batch for less memory.",
+        ) from None
 
 
 def policy_of(
@@ -297,6 +325,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             prompts=form,
             portable=rollout.portable,
             silent_ids=generator.silent_ids,
+            precision=policy.precision,
         ),
         recipe=inner_recipe(inner, config.seed),
         micro_batch=inner.micro_batch,
@@ -309,6 +338,8 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
             epochs=policy.epochs,
             minibatch=policy.minibatch,
             micro_batch=policy.micro_batch,
+            micro_batch_tokens=policy.micro_batch_tokens,
+            precision=policy.precision,
             max_grad_norm=policy.max_grad_norm,
             silent_ids=generator.silent_ids,
         ),

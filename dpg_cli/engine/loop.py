@@ -192,7 +192,8 @@ def labels_of(players: Players, spec: LoopSpec, rollout: Rollout) -> HeadLabels:
     """The distributions that a rollout was drawn from."""
     model = players.generator.model
     head = standard_head(model, players.generator.name)
-    return contexts(model, head, rollout, spec.sampling, spec.policy.micro_batch, players.ranks)
+    policy = spec.policy
+    return contexts(model, head, rollout, spec.sampling, policy.micro_batch, players.ranks, policy.share)
 
 
 def attribute(

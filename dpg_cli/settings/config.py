@@ -188,6 +188,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
+    def checkpoints_generator(self) -> bool:
+        """Whether activations of the generator are computed again as it goes backwards."""
+        return self.policy.gradient_checkpointing or self.trl.gradient_checkpointing
+
+    @property
     def examples_per_step(self) -> int:
         """N = P · G, completions an outer step."""
         return self.prompts.per_step * self.rollout.group_size
@@ -301,6 +306,20 @@ def _policy_faults(config: Config) -> str:
         return (
             "metric.aim: 'moments' are brought to metric.margin by natural steps on soft labels; set metric.margin, "
             "policy.step = 'natural', inner.labels = 'soft' and credit.mode = 'expected', or metric.aim = 'gradient'"
+        )
+    if natural:
+        lean = {
+            "micro_batch_tokens": policy.micro_batch_tokens != 0,
+            "gradient_checkpointing": policy.gradient_checkpointing,
+            "precision": policy.precision != "float32",
+        }
+        for name in [name for name, asked in lean.items() if asked]:
+            return f"policy.{name}: is for policy.step = 'adamw'; natural steps have no such thing, leave it out"
+    elif policy.parameters == "head" and policy.gradient_checkpointing:
+        return "policy.gradient_checkpointing: with policy.parameters = 'head' nothing is kept for the backbone; leave it out"
+    if config.trainer == "trl" and policy.micro_batch_tokens:
+        return (
+            "policy.micro_batch_tokens: TRL takes even micro-batches; set policy.micro_batch, or take trainer = 'dpg'"
         )
     if natural and policy.epochs > 1:
         return "policy.epochs: a natural step is one step on each rollout; set policy.epochs = 1"

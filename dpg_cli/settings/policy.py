@@ -19,7 +19,7 @@ class PolicyConfig(Section):
     parameters: Literal["all", "head", "lora"] = Field(
         "all",
         description="head: the LM head alone moves (untied, and saved so), by natural steps without a backward pass; lora: adapters "
-        "(PEFT, extra `peft`), merged into the saved generator",
+        "(PEFT, extra `peft`), merged into the saved generator; the KL's reference is then the base, without a second copy",
     )
     lora_rank: PositiveInt = Field(8, description="lora: r")
     lora_alpha: Positive = Field(16.0, description="lora: α, the adapters' change is scaled by α / r")
@@ -55,6 +55,23 @@ class PolicyConfig(Section):
     micro_batch: Count = Field(
         0, description="completions of a mini-batch in memory at once; 0: all; changes nothing but memory"
     )
+    micro_batch_tokens: Count = Field(
+        0,
+        description="adamw: tokens in memory at once, padding included, of completions sorted by length; 0: no such limit; changes "
+        "nothing but memory",
+    )
+    share_prompts: bool = Field(
+        True,
+        description="completions of a group are read in one row with their prompt, where the model can and it is cheaper; "
+        "mini-batches are then of whole groups",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="of the generator: less memory, about a third more time; by TRL too"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="adamw: bf16 computes the generator's passes so, rollouts included; its weights and their moments stay float32",
+    )
     kl: NonNegative = Field(
         0.0,
         description="coefficient of KL(generator || starting generator); of natural steps in units of Φ per nat a token",
@@ -72,4 +89,4 @@ class TrlConfig(Section):
     vllm: Literal["off", "colocate", "server"] = Field(
         "off", description="rollouts by vLLM through TRL: on the GPUs that train, or on a server; extra `vllm`"
     )
-    gradient_checkpointing: bool = Field(False, description="of the generator: less memory, about a third more time")
+    gradient_checkpointing: bool = Field(False, description="the same as policy.gradient_checkpointing, its older name")

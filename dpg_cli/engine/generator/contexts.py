@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.generator.rollout import Sampling
+from dpg_cli.engine.generator.step.rows import layouts
+from dpg_cli.engine.generator.step.sharing import window_of
+from dpg_cli.engine.generator.step.spec import PolicySpec
 from dpg_cli.engine.inner.head import Head, find_head
 from dpg_cli.engine.inner.target import CPU_TOKENS, fused_activations
 from dpg_cli.engine.ranks import ALONE, Ranks
@@ -50,7 +53,13 @@ def last_hidden(head: Head, rollout: Rollout) -> Tensor:
 
 @torch.no_grad()
 def contexts(
-    model: nn.Module, head: Head, rollout: Rollout, sampling: Sampling, micro_batch: int = 0, ranks: Ranks = ALONE
+    model: nn.Module,
+    head: Head,
+    rollout: Rollout,
+    sampling: Sampling,
+    micro_batch: int = 0,
+    ranks: Ranks = ALONE,
+    share: bool = False,
 ) -> HeadLabels:
     """The distributions that a rollout's tokens were drawn from.
 
@@ -61,25 +70,32 @@ def contexts(
         sampling: how they were drawn: temperature, and where a completion cannot end yet.
         micro_batch: completions in memory at once; 0 takes about 4,096 tokens.
         ranks: the processes that share the completions; all get the whole.
+        share: a group's prompt may be read once, see `step/rows.py`.
     """
     device, weight = rollout.ids_N_K.device, head.layer.weight.detach()
-    columns = rollout.prompt_ids_N_Q.shape[1] + rollout.ids_N_K.shape[1]
+    width, columns = rollout.ids_N_K.shape[1], rollout.prompt_ids_N_Q.shape[1] + rollout.ids_N_K.shape[1]
     own = torch.arange(len(rollout), device=device)[ranks.shard(len(rollout))]
     training = model.training
     model.eval()
     with fused_activations(model):
-        parts = [
-            last_hidden(head, rollout.rows(piece)) for piece in own.split(micro_batch or max(1, CPU_TOKENS // columns))
-        ]
+        at_once = micro_batch or max(1, CPU_TOKENS // columns)
+        if share and len(own):
+            hidden = weight.new_zeros(len(own) * width, weight.shape[1])
+            spec = PolicySpec(share=True, micro_batch=max(at_once, rollout.group_size))
+            for rows in layouts(rollout, own, spec, head, window_of(head)):
+                hidden[rows.place_M - own[0] * width] = rows.hidden(head.base)
+            hidden = hidden.unflatten(0, (len(own), width))
+        else:
+            parts = [last_hidden(head, rollout.rows(piece)) for piece in own.split(at_once)]
+            hidden = torch.cat(parts) if len(own) else weight.new_zeros(0, width, weight.shape[1])
     model.train(training)
-    hidden = torch.cat(parts) if len(own) else weight.new_zeros(0, rollout.ids_N_K.shape[1], weight.shape[1])
     return HeadLabels(
         hidden_N_K_D=ranks.gather(hidden),
         number_N=torch.arange(len(rollout), device=device),
         weight=weight,
         bias=None if head.layer.bias is None else head.layer.bias.detach(),
         temperature=sampling.temperature,
-        width=rollout.ids_N_K.shape[1],
+        width=width,
         ends=torch.tensor(sampling.ends(), device=device),
         barred=sampling.min_tokens - 1,
     )

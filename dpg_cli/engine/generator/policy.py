@@ -23,6 +23,7 @@ from dpg_cli.engine.generator.step.objective import objective
 from dpg_cli.engine.generator.step.rows import Rows, layouts
 from dpg_cli.engine.generator.step.sharing import window_of
 from dpg_cli.engine.generator.step.spec import PolicySpec as PolicySpec
+from dpg_cli.engine.generator.step.spec import computing
 from dpg_cli.engine.inner.head import Head, find_head
 from dpg_cli.engine.inner.target import fused_activations
 from dpg_cli.engine.ranks import ALONE, BUCKET, Ranks
@@ -106,11 +107,9 @@ def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
 
 
 @contextmanager
-def computing(model: nn.Module, spec: PolicySpec) -> Iterator[None]:
-    """Within this context a generator's passes, and what is computed of them again, are in the precision of the settings."""
-    device = next(model.parameters()).device.type
-    lower = torch.autocast(device, torch.bfloat16) if spec.precision == "bf16" else nullcontext()
-    with fused_activations(model), lower:
+def passing(model: nn.Module, spec: PolicySpec) -> Iterator[None]:
+    """Within this context a generator's passes, and what is computed of them again, are as the settings ask."""
+    with fused_activations(model), computing(next(model.parameters()).device.type, spec.precision):
         yield
 
 
@@ -124,7 +123,7 @@ def base_of(model: nn.Module) -> Any:
 
 def reference_hidden(model: nn.Module, reference: nn.Module, head: Head, rows: Rows, spec: PolicySpec) -> Tensor:
     """The starting generator's hidden states of the same tokens, (M, D)."""
-    with torch.no_grad(), computing(reference, spec), base_of(model) if reference is model else nullcontext():
+    with torch.no_grad(), passing(reference, spec), base_of(model) if reference is model else nullcontext():
         return rows.hidden(head.base)
 
 
@@ -152,7 +151,7 @@ def add_gradient(
         start = None
         if reference is not None:
             start = reference[1], reference_hidden(model, reference[0], reference[1], rows, spec)
-        with computing(model, spec):
+        with passing(model, spec):
             with torch.enable_grad():
                 hidden = rows.hidden(head.base)
             states = hidden.detach().to(head.layer.weight.dtype)
@@ -181,7 +180,7 @@ def add_gradient_of_logits(
         part = len(piece) < len(rollout)
         rows = rollout.rows(piece) if part else rollout
         logprobs = None
-        with computing(model, spec):
+        with passing(model, spec):
             if reference is not None:
                 with torch.no_grad(), base_of(model) if reference is model else nullcontext():
                     logprobs = spec.log_pi(completion_logits(reference, rows).to(rows.logprobs_N_K.dtype))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dpg_cli.data.chat import PromptFormat
+from dpg_cli.engine.generator.step.spec import Compute, computing
 from dpg_cli.engine.inner.head import Head, chunks, find_head
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Rollout
@@ -40,6 +41,7 @@ class Sampling:
         prompts: how a prompt becomes token ids; None tokenises its text as it is.
         portable: draw by the table of uniforms also where one process samples alone.
         silent_ids: ids without a token in the tokeniser (padding of the vocabulary), which are never drawn.
+        precision: "bf16": the generator's passes compute in bf16; probabilities do not.
     """
 
     group_size: int
@@ -53,6 +55,7 @@ class Sampling:
     prompts: PromptFormat | None = None
     portable: bool = False
     silent_ids: tuple[int, ...] = ()
+    precision: Compute = "float32"
 
     def ends(self) -> list[int]:
         """Every token that ends a completion."""
@@ -211,14 +214,15 @@ def _sample_batch(
         """The last hidden state of each row, or its logits."""
         called = model if head is None else head.base
         last = {"logits_to_keep": 1} if head is None else {}
-        output = called(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            **last,
-        )
+        with computing(tokens.device.type, sampling.precision):
+            output = called(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                **last,
+            )
         return (output.logits if head is None else output.last_hidden_state)[:, -1]
 
     states = read(ids, mask.long() if padded else None, positions).repeat_interleave(groups, 0)
@@ -228,9 +232,10 @@ def _sample_batch(
     alive = torch.ones(len(states), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(sampling.ends(), device=ids.device)
     tokens, masks, logprobs = [], [], []
-    entropy = torch.zeros((), dtype=states.dtype, device=ids.device)
+    kind = next(model.parameters()).dtype
+    entropy = torch.zeros((), dtype=kind, device=ids.device)
     for step in range(sampling.max_tokens):
-        token, chosen = torch.empty_like(position), torch.empty_like(states[:, 0])
+        token, chosen = torch.empty_like(position), states.new_empty(len(states), dtype=kind)
         size = states.shape[1] if head is None else head.layer.out_features
         for rows in chunks(len(states), size):
             log_pi = _log_pi(states[rows], sampling, step, head)
@@ -262,8 +267,9 @@ def _log_pi(states: Tensor, sampling: Sampling, step: int, head: Head | None) ->
         step: column of the completion.
     """
     if head is not None:
-        states = nn.functional.linear(states, head.layer.weight, head.layer.bias)
-    logits = states / sampling.temperature
+        with computing(states.device.type, sampling.precision):
+            states = nn.functional.linear(states, head.layer.weight, head.layer.bias)
+    logits = (states.float() if sampling.precision == "bf16" else states) / sampling.temperature
     if step + 1 < sampling.min_tokens:
         logits[:, sampling.ends()] = -torch.inf
     if sampling.silent_ids:

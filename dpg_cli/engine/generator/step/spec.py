@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,11 @@ from torch import Tensor
 
 NOTHING = -1e9  # a logit of probability 0, finite so that differences of log-probabilities are
 Compute = Literal["float32", "bf16"]
+
+
+def computing(device: str, precision: Compute) -> AbstractContextManager[object]:
+    """A context within which a generator's passes compute in this precision; in float32 they compute as its weights are."""
+    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass(frozen=True)
