@@ -437,5 +437,6 @@ def train(
             raise fault
         if report.last:
             break
+        del report  # with the target's last weights, before the next inner run makes its own
     if players.redraw is not None:
         players.redraw(0)

@@ -368,12 +368,13 @@ def refuse_divergence(run: TargetRun, theta: Tensor) -> None:
         DegenerateError: if θ moved by `RUNAWAY` times its own size (root mean squares over all weights).
     """
     parameters = dict(run.model.named_parameters())
-    size = moved = 0.0
+    norms = []
     for name, after in run.space.views(theta).items():
         before = parameters[name].detach()
         for old, new in zip(before.reshape(-1).split(SAMPLE), after.reshape(-1).split(SAMPLE), strict=True):
-            size += float(torch.linalg.vector_norm(old)) ** 2
-            moved += float(torch.linalg.vector_norm(new - old)) ** 2
+            norms.append(torch.stack([torch.linalg.vector_norm(old), torch.linalg.vector_norm(new - old)]))
+    read = torch.stack(norms).tolist() if norms else []  # once: a device is waited for at every number
+    size, moved = sum(old**2 for old, _ in read), sum(new**2 for _, new in read)
     if moved > RUNAWAY**2 * size > 0:
         raise DegenerateError(
             f"The inner run diverged: it moved the target's weights by {(moved / size) ** 0.5:.1e} times their own size.",

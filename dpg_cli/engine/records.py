@@ -114,7 +114,8 @@ class Examples:
     def rows(self, start: int, stop: int) -> Examples:
         """Rows start … stop - 1, cut to their longest sequence; of examples padded on the right."""
         attention = self.attention_N_S[start:stop]
-        longest = max(1, int(attention.any(0).nonzero().max()) + 1) if attention.any() else 1
+        counted = torch.arange(1, attention.shape[1] + 1, device=attention.device)
+        longest = max(1, int((attention.any(0) * counted).max())) if attention.shape[1] else 1
         soft = None if self.soft is None else self.soft.rows(start, stop, longest)
         return self._of(lambda part: part[start:stop, :longest], soft)
 
