@@ -14,6 +14,7 @@ Processes that share a run (`ranks.py`) take rows of each batch: g_t and the Hes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -195,30 +196,58 @@ def outcomes(
     recipe = Recipe.of(optimizer, None, None, None)
     aligned = accepted(opened(model), examples, optimizer, None).aligned()
     whole = recipe.plan(aligned) if plan is None else plan
-    largest = max(len(whole.index(number)) for number in range(len(whole)))
-    differences, _ = by_differences(
-        second_order, recipe, model, aligned, micro_batch=micro_batch, batch=largest, ranks=ALONE
-    )
-    with recipe.prepared(model, as_it_runs=differences) as (target, _):
-        run = TargetRun(
-            target,
-            recipe.space(target),
-            recipe.normalization,
-            aligned.ids_N_S.shape[1],
-            micro_batch,
-            precision=recipe.precision,
-            packing=packing,
-            second_order="difference" if differences else "dual",
-        )
-        run = check_model(run, aligned, need_hvp=False).apply(run)
-        run = replace(run, packing=packing and can_pack(run, aligned))
-        read = partial(run.space.read, target)
+    with _ready(model, aligned, recipe, whole, micro_batch, packing, second_order, ALONE, hvp=False) as (run, _):
+        read = partial(run.space.read, run.model)
         for weights_N in weights:
             own = weights_N.to(read())
             trace = inner_run(run, read(), aligned, recipe, own, None, None, "sqrt", read, False, whole, None, start)
             if not all_finite(trace.theta):
                 raise DegenerateError("An inner run diverged: the weights are not finite.", "Lower inner.lr.")
             yield [metric_value(run, trace.theta, phi) for phi in phis]
+
+
+@contextmanager
+def _ready(
+    model: nn.Module,
+    examples: Examples,
+    recipe: Recipe,
+    plan: Plan,
+    micro_batch: int,
+    packing: bool,
+    second_order: SecondOrder,
+    ranks: Ranks,
+    *,
+    hvp: bool,
+) -> Iterator[tuple[TargetRun, list[str]]]:
+    """The target's passes over these examples, with the model prepared for them while the context lasts; what was chosen.
+
+    Args:
+        examples: padded at the right.
+        hvp: whether second-order passes will follow, which the model must be right for.
+    """
+    largest = max(len(plan.index(number)) for number in range(len(plan)))
+    differences, said = by_differences(
+        second_order, recipe, model, examples, micro_batch=micro_batch, batch=largest, ranks=ranks
+    )
+    with recipe.prepared(model, as_it_runs=differences) as (target, notes):
+        run = TargetRun(
+            target,
+            recipe.space(target),
+            recipe.normalization,
+            examples.ids_N_S.shape[1],
+            micro_batch,
+            precision=recipe.precision,
+            ranks=ranks,
+            packing=packing,
+            second_order="difference" if differences else "dual",
+        )
+        finding = check_model(run, examples, need_hvp=hvp)
+        run = finding.apply(run)
+        packs = packing and can_pack(run, examples)
+        if packing and not packs:
+            notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
+        notes += [*finding.notes, *([said] if said else [])]
+        yield replace(run, packing=packs), notes
 
 
 def _attributed(
@@ -261,29 +290,13 @@ def _attributed(
     if replay is not None:
         accepted(bare, replay.examples, optimizer)
         examples, plan = replay.joined(examples, plan)
-    largest = max(len(plan.index(number)) for number in range(len(plan)))
-    differences, said = by_differences(
-        second_order, recipe, model, examples, micro_batch=micro_batch, batch=largest, ranks=ranks
-    )
-    with recipe.prepared(model, as_it_runs=differences) as (target, notes):
-        run = TargetRun(
-            target,
-            recipe.space(target),
-            recipe.normalization,
-            examples.ids_N_S.shape[1],
-            micro_batch,
-            precision=recipe.precision,
-            ranks=ranks,
-            packing=packing,
-            second_order="difference" if differences else "dual",
-        )
-        finding = check_model(run, examples, need_hvp=len(plan) > 1)
-        run = finding.apply(run)
+    with _ready(model, examples, recipe, plan, micro_batch, packing, second_order, ranks, hvp=len(plan) > 1) as (
+        run,
+        notes,
+    ):
+        target = run.model
         if labels == "factors":
             labels = factored(run, examples, given)
-        if packing and not can_pack(run, examples):
-            run = replace(run, packing=False)
-            notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
         read = partial(run.space.read, target)
         like = next(parameter for parameter in target.parameters() if parameter.requires_grad)
         weights = like.new_ones(own) if weights_N is None else weights_N.to(like)
@@ -308,8 +321,7 @@ def _attributed(
         found = reverse(
             run, trace, examples, weights, point, labels, progress, sink, visits, journal, remedy(second_order)
         )
-        notes += [*finding.notes, *([said] if said else [])]
-        if differences:
+        if run.second_order == "difference":
             notes.append(f"Differences: token credits are about {found.stats['difference_error']:.1e} off.")
         own_Q_N_S = found.token_Q_N_S[:, :own, :width]
         tokens = [given.as_given(token_N_S) for token_N_S in own_Q_N_S]
