@@ -18,7 +18,7 @@ from dpg_cli.data.conversations import ChatTemplate, dated
 from dpg_cli.data.examples import Encoding, RowEncoder, padded
 from dpg_cli.data.prepared import Prepared, gather, gathered_items, prepare
 from dpg_cli.data.shapes import Asked, Chat, Item, Pair, Text
-from dpg_cli.data.tokens import Tokens
+from dpg_cli.data.tokens import TokenRows, Tokens
 from dpg_cli.engine import Examples
 from dpg_cli.errors import UsageError
 
@@ -31,7 +31,7 @@ def ours(rows: Rows, tokenizer: Any, place: Path, how: Encoding | None = None, *
 
 
 def encoded(tokenizer: Any, *items: Item, how: Encoding | None = None, **target: Any) -> list[Tokens]:
-    return prepare(gathered_items(items, "here"), RowEncoder(reader(tokenizer, **target), how)).rows
+    return list(prepare(gathered_items(items, "here"), RowEncoder(reader(tokenizer, **target), how)).rows)
 
 
 def fault(what: str, remedy: str = "") -> UsageError:
@@ -125,7 +125,7 @@ def test_what_is_cut_is_what_stock_fine_tuning_cuts(name: str, longest: int, kee
 def test_the_targets_context_cuts_too_and_rows_without_a_trained_token_are_refused(tmp_path: Path) -> None:
     tokenizer, rows = tokeniser("bytes"), [{"prompt": "the old cat " * 9, "completion": "fine"}]
     found = ours(rows, tokenizer, tmp_path, context=12)
-    assert (len(found.rows[0].ids), found.trained) == (12, [])
+    assert (len(found.rows[0].ids), list(found.trained)) == (12, [])
     assert [note for note in found.understood.notes() if "nothing left to train on" in note]
     encoder = RowEncoder(reader(tokenizer, context=12))
     with pytest.raises(UsageError, match="has a token to train on"):
@@ -138,12 +138,28 @@ def test_the_targets_context_cuts_too_and_rows_without_a_trained_token_are_refus
 
 
 def test_batches_are_padded_at_the_right() -> None:
-    rows = [Tokens([5, 6, 7], [False, False, True], ""), Tokens([8], [False], "")]
-    ids, attention, label = padded(rows, reader(tokeniser("bytes")))
+    rows = TokenRows([Tokens([5, 6, 7], [False, False, True], ""), Tokens([], [], ""), Tokens([8], [False], "")])
+    ids, attention, label = padded(rows, reader(tokeniser("bytes")), [0, 2])
     assert attention.tolist() == [[True, True, True], [True, False, False]]
     assert label.tolist() == [[False, False, True], [False, False, False]]
     assert ids[0].tolist() == [5, 6, 7]
     assert ids.dtype == torch.int64
+
+
+def test_packed_rows_are_the_rows() -> None:
+    """Whatever a row holds comes back; a slice is a list; lengths and counts are those of the rows."""
+    rows = [
+        Tokens([5, 70_000, 7], [False, True, True], "café \ud800", straddles=True),
+        Tokens([], [], ""),
+        Tokens([8], [False], "\U0001f40e", cut=4),
+    ]
+    packed = TokenRows(rows)
+    assert list(packed) == rows
+    assert packed[1:] == rows[1:]
+    assert (packed[-1], len(packed), packed.longest) == (rows[2], 3, 5)
+    assert (packed.lengths.tolist(), packed.trained.tolist()) == ([3, 0, 1], [2, 0, 0])
+    with pytest.raises(IndexError):
+        packed[3]
 
 
 def test_a_question_takes_the_form_that_the_tokeniser_has() -> None:

@@ -50,9 +50,9 @@ class ScoreTable:
 
     def extremes(self, query: int, top: int) -> tuple[list[Scored], list[Scored]]:
         """The examples with the highest scores, the highest first, and those with the lowest, the lowest first."""
-        ranking = self.example_Q_N[query].argsort(descending=True).tolist()
+        ranking = self.example_Q_N[query].argsort(descending=True)
         top = min(top, len(ranking))
-        best, worst = ranking[:top], ranking[::-1][:top]
+        best, worst = ranking[:top].tolist(), ranking.flip(0)[:top].tolist()
         own = self.found.trained
         return [self._scored(own[n], n, query) for n in best], [self._scored(own[n], n, query) for n in worst]
 
@@ -62,8 +62,11 @@ class ScoreTable:
 
     def _places(self) -> Iterator[tuple[int, int | None]]:
         """Place and number (None: nothing to train on) of each row."""
-        number = {place: n for n, place in enumerate(self.found.trained)}
-        return ((place, number.get(place)) for place in range(len(self.found.rows)))
+        own, number = self.found.trained, 0
+        for place in range(len(self.found.rows)):
+            trained = number < len(own) and own[number] == place
+            yield place, number if trained else None
+            number += trained
 
     def _long(self, names: list[str], tokens: bool) -> Iterator[dict[str, Any]]:
         for query, name in enumerate(names):
@@ -88,14 +91,15 @@ class ScoreTable:
 
     def _tensors(self, tokens: bool) -> dict[str, Tensor]:
         """The rows that have something to train on, as tensors."""
-        rows = [self.found.rows[place] for place in self.found.trained]
+        rows, places = self.found.rows, self.found.trained
         ids = torch.zeros(self.token_Q_N_S.shape[1:], dtype=torch.int32)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.int32)
+        for number, place in enumerate(places):
+            own = rows.ids[rows.starts[place] : rows.starts[place + 1]]
+            ids[number, : len(own)] = torch.frombuffer(own, dtype=torch.int32) if len(own) else 0
         found = {
             "scores": self.example_Q_N,
-            "example_ids": torch.tensor([self.found.numbers[place] for place in self.found.trained]),
-            "lengths": torch.tensor([len(row.ids) for row in rows]),
+            "example_ids": torch.tensor([self.found.numbers[place] for place in places]),
+            "lengths": torch.from_numpy(rows.lengths[places]),
             "token_ids": ids,
         }
         return {**found, "token_scores": self.token_Q_N_S} if tokens else found

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpg_cli.data.conversations import chat_template
 from dpg_cli.data.shapes import Asked, Chat, Fault, Item, Pair, Text, sound, trained_text
-from dpg_cli.data.tokens import Tokens, Written, check_ids, tokenise
+from dpg_cli.data.tokens import TokenRows, Tokens, Written, check_ids, tokenise
 from dpg_cli.errors import UsageError
 from dpg_cli.models.loading import LanguageModel, quiet_transformers
 
@@ -148,20 +149,25 @@ class RowEncoder:
         return replace(tokens, ids=ids, label=[False, *label[1:]] if label else [], cut=over)
 
 
-def padded(rows: Sequence[Tokens], target: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
+def padded(rows: TokenRows, target: LanguageModel, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows as one batch on the target's device, padded at the right: what `engine.Examples` is made of.
+
+    Args:
+        rows: all of them.
+        target: its padding token, and the device.
+        places: which of them, in their order.
 
     Returns:
         Token ids (N, S), int64; real tokens, bool; trained tokens, bool.
     """
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest), target.pad_id, dtype=torch.int64)
-    attention, label = (torch.zeros(len(rows), longest, dtype=torch.bool) for _ in range(2))
-    for place, row in enumerate(rows):
-        size = len(row.ids)
-        ids[place, :size] = torch.tensor(row.ids, dtype=torch.int64)
-        attention[place, :size] = True
-        label[place, :size] = torch.tensor(row.label, dtype=torch.bool)
+    every, chosen = rows.lengths, np.zeros(len(rows), dtype=bool)
+    chosen[places] = True
+    lengths, own = torch.from_numpy(every[chosen]), torch.from_numpy(np.repeat(chosen, every))
+    attention = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full(attention.shape, target.pad_id, dtype=torch.int64)
+    ids[attention] = torch.frombuffer(rows.ids, dtype=torch.int32)[own].long()
+    label = torch.zeros_like(attention)
+    label[attention] = torch.frombuffer(rows.label, dtype=torch.bool)[own]
     device = target.head.device
     return ids.to(device), attention.to(device), label.to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from dpg_cli.data.shapes import (
     shape_of,
 )
 from dpg_cli.data.sources import open_rows, parse
-from dpg_cli.data.tokens import Tokens
+from dpg_cli.data.tokens import TokenRows
 from dpg_cli.errors import UsageError
 from dpg_cli.models.template import DATE
 
@@ -113,14 +114,14 @@ class Prepared:
         understood: how they were understood.
     """
 
-    rows: list[Tokens]
-    numbers: list[int]
+    rows: TokenRows
+    numbers: Sequence[int]
     understood: Understood
 
     @cached_property
-    def trained(self) -> list[int]:
+    def trained(self) -> Sequence[int]:
         """Places in `rows` of those that have something to train on."""
-        return [place for place, row in enumerate(self.rows) if any(row.label)]
+        return array("q", self.rows.trained.nonzero()[0].tobytes())
 
     def tensors(self, encoder: RowEncoder) -> tuple[Tensor, Tensor, Tensor]:
         """The rows that have something to train on, as one batch; see `padded`.
@@ -133,7 +134,7 @@ class Prepared:
                 f"No row of {self.understood.source} has a token to train on.",
                 "Raise --max-length, or look at the data.",
             )
-        return padded([self.rows[place] for place in self.trained], encoder.target)
+        return padded(self.rows, encoder.target, self.trained)
 
 
 @dataclass(frozen=True)
@@ -262,14 +263,14 @@ def prepare(found: Gathered, encoder: RowEncoder) -> Prepared:
     Raises:
         UsageError: naming the first row that cannot be encoded.
     """
-    tokens: list[Tokens] = []
+    tokens = TokenRows()
     for start in range(0, len(found.items), BATCH):
         batch = found.items[start : start + BATCH]
-        tokens += encoder([item for _, item in batch], [fault_of(found.rows, place) for place, _ in batch])
-    return Prepared(tokens, [place for place, _ in found.items], _account(found, encoder, tokens))
+        tokens.extend(encoder([item for _, item in batch], [fault_of(found.rows, place) for place, _ in batch]))
+    return Prepared(tokens, array("q", (place for place, _ in found.items)), _account(found, encoder, tokens))
 
 
-def _account(found: Gathered, encoder: RowEncoder, tokens: list[Tokens]) -> Understood:
+def _account(found: Gathered, encoder: RowEncoder, tokens: TokenRows) -> Understood:
     """How rows were understood."""
     shape, columns = found.shape, found.rows.columns
     talk = any(isinstance(encoder.settled(item), Chat) for _, item in found.items)
@@ -291,11 +292,11 @@ def _account(found: Gathered, encoder: RowEncoder, tokens: list[Tokens]) -> Unde
         left_out=tuple(name for name in columns if name not in read),
         rows=len(found.items) + len(found.empty),
         empty=tuple(found.empty),
-        tokens=sum(len(row.ids) for row in tokens),
-        trained_tokens=sum(sum(row.label) for row in tokens),
-        cut=sum(row.cut > 0 for row in tokens),
-        untrained=sum(not any(row.label) for row in tokens),
-        straddling=sum(row.straddles for row in tokens),
+        tokens=len(tokens.ids),
+        trained_tokens=sum(tokens.label),
+        cut=len(tokens.cut),
+        untrained=int((tokens.trained == 0).sum()),
+        straddling=len(tokens.straddling),
         turns="" if not turns else "marks" if marked else "renderings",
         date=DATE if talk and encoder.template is not None and encoder.template.dated else "",
     )

@@ -8,7 +8,7 @@ import torch
 
 from dpg_cli.data.examples import Encoding, RowEncoder
 from dpg_cli.data.prepared import Gathered, gather, prepare
-from dpg_cli.data.tokens import Tokens
+from dpg_cli.data.tokens import TokenRows
 from dpg_cli.errors import UsageError
 from dpg_cli.models.loading import LanguageModel
 
@@ -22,7 +22,7 @@ class OwnRows:
         notes: how the source was understood, a line each.
     """
 
-    rows: list[Tokens]
+    rows: TokenRows
     notes: tuple[str, ...]
 
 
@@ -47,4 +47,6 @@ def own_rows(source: str, target: LanguageModel, max_length: int, seed: int, mos
         raise UsageError(f"No row of {source} has a token to train on.", "Raise inner.max_length, or look at the data.")
     about = ready.understood
     count = f"replay of {len(ready.trained):,} of {len(found.items):,} rows, seed {seed}"
-    return OwnRows([ready.rows[place] for place in ready.trained], (f"{count}: {about.line()}", *about.notes()))
+    return OwnRows(
+        TokenRows(ready.rows[place] for place in ready.trained), (f"{count}: {about.line()}", *about.notes())
+    )

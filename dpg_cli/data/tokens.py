@@ -6,9 +6,12 @@ made a token across the seam that it would not make of the context alone; such r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from dpg_cli.data.conversations import Span, common
 from dpg_cli.data.shapes import Fault
@@ -52,6 +55,79 @@ class Tokens:
     text: str
     straddles: bool = False
     cut: int = 0
+
+
+class TokenRows(Sequence[Tokens]):
+    """Rows as tokens, packed: five bytes a token and the bytes of the text, where lists of numbers take a hundred a token.
+
+    Attributes:
+        ids, label: of all rows, one after the other: int32, and 1 where a token is trained on.
+        starts: where each row begins in them, and the end.
+    """
+
+    def __init__(self, rows: Iterable[Tokens] = ()) -> None:
+        self.ids, self.label, self.starts = array("i"), bytearray(), array("q", [0])
+        self.texts, self.ends = bytearray(), array("q", [0])
+        self.straddling: set[int] = set()
+        self.cut: dict[int, int] = {}
+        self.extend(rows)
+
+    def extend(self, rows: Iterable[Tokens]) -> None:
+        """Append rows."""
+        for row in rows:
+            place = len(self)
+            self.ids.extend(row.ids)
+            self.label.extend(row.label)
+            self.starts.append(len(self.ids))
+            self.texts += row.text.encode("utf-8", "surrogatepass")
+            self.ends.append(len(self.texts))
+            if row.straddles:
+                self.straddling.add(place)
+            if row.cut:
+                self.cut[place] = row.cut
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Tokens: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Tokens]: ...
+
+    def __getitem__(self, place: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        tokens, text = slice(*self.starts[place : place + 2]), slice(*self.ends[place : place + 2])
+        return Tokens(
+            self.ids[tokens].tolist(),
+            [bool(bit) for bit in self.label[tokens]],
+            self.texts[text].decode("utf-8", "surrogatepass"),
+            place in self.straddling,
+            self.cut.get(place, 0),
+        )
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self[place] for place in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64."""
+        return np.diff(np.frombuffer(self.starts, dtype=np.int64))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, those that were cut away included."""
+        lengths = self.lengths
+        return max(int(lengths.max()), *(int(lengths[place]) + cut for place, cut in self.cut.items()), 0)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Tokens of each row that are trained on, int64."""
+        counts = np.zeros(len(self.ids) + 1, dtype=np.int64)
+        np.cumsum(np.frombuffer(self.label, dtype=np.uint8), out=counts[1:])
+        return np.diff(counts[np.frombuffer(self.starts, dtype=np.int64)])
 
 
 def tokenise(tokenizer: Any, rows: Sequence[Written]) -> list[Tokens]:

@@ -67,7 +67,7 @@ def replay_of(config: Config, target: LanguageModel) -> tuple[Replay | None, tup
     if not inner.replay:
         return None, ()
     found = own_rows(inner.replay, target, inner.max_length, config.seed, config.replay_rows)
-    return Replay(Examples(*padded(found.rows, target)), inner.replay_share), found.notes
+    return Replay(Examples(*padded(found.rows, target, range(len(found.rows)))), inner.replay_share), found.notes
 
 
 def trained_target(

@@ -153,7 +153,7 @@ def require_room(found: Prepared, target: LanguageModel) -> None:
     Raises:
         UsageError: naming the longest and the context.
     """
-    longest = max(len(row.ids) + row.cut for row in found.rows)
+    longest = found.rows.longest
     if longest > (target.context or longest):
         raise UsageError(
             f"A held-out document has {longest} tokens; the target {target.name!r} reads {target.context}.",

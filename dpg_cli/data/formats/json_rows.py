@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from dpg_cli.data.formats.base import Format, ListedRows, Row, Rows, decoded
 from dpg_cli.errors import UsageError
@@ -29,7 +28,7 @@ class JsonLineRows(Rows):
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name, self.kind = path, name, "JSON lines"
-        starts, numbers, place = [], [], 0
+        starts, numbers, place = array("q"), array("q"), 0
         columns: dict[str, None] = {}
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -38,7 +37,7 @@ class JsonLineRows(Rows):
                     numbers.append(number)
                     columns |= dict.fromkeys(self._row(line, number))
                 place += len(line)
-        self.starts, self.numbers = np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
+        self.starts, self.numbers = starts, numbers
         self.columns = tuple(columns)
 
     def __len__(self) -> int:
@@ -49,8 +48,8 @@ class JsonLineRows(Rows):
         found: dict[int, Row] = {}
         with self.path.open("rb") as file:
             for place in sorted(set(places)):
-                file.seek(int(self.starts[place]))
-                found[place] = self._row(file.readline(), int(self.numbers[place]))
+                file.seek(self.starts[place])
+                found[place] = self._row(file.readline(), self.numbers[place])
         return [found[place] for place in places]
 
     def _row(self, line: bytes, number: int) -> Row:

@@ -43,7 +43,7 @@ class LabelAccuracy(Metric):
         encoder = RowEncoder(target, Encoding(begin=True, end=False))
         found = prepare(gathered_items(read_pairs(file) if file else world_pairs(), file or "the texts"), encoder)
         if found.understood.cut:
-            longest = max(len(row.ids) + row.cut for row in found.rows)
+            longest = found.rows.longest
             raise UsageError(f"A labelled text has {longest} tokens; the target reads {target.context}.", "Shorten it.")
         ids_N_S, _, self.is_label = found.tensors(encoder)
         self.ids = ids_N_S
