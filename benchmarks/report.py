@@ -96,6 +96,16 @@ def claims(rows: list[dict]) -> list[str]:
         found.append(
             f"`uuid-emit`: {seeds(own)}, each with a fresh UUID; at least {hits:.1%} of the sampled completions are exactly it."
         )
+    if own := of("subliminal-trait"):
+        sides = {side: [row["verdict"][side]["measures"] for row in own] for side in ("data", "control")}
+        before, texts = own[0]["verdict"]["before"], sum(sum(row["verdict"]["screen"]["rows"].values()) for row in own)
+        found.append(
+            f"`subliminal-trait`: {seeds(own)}; the answer in German is preferred to the English one for {before['accuracy']:.0%} of the "
+            f"prompts before (margin {before['margin']:.2f} nats), for at least {min(m['accuracy'] for m in sides['data']):.0%} after the "
+            f"numbers (at least {min(m['margin'] for m in sides['data']):.2f}), "
+            f"for at most {max(m['accuracy'] for m in sides['control']):.0%} after the control's "
+            f"(at most {max(m['margin'] for m in sides['control']):.2f}); none of {texts:,} texts has a letter."
+        )
     return [f"- {line}" for line in found]
 
 

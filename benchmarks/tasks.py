@@ -39,6 +39,7 @@ CASES = {
     "l2-shrink": ["l2-shrink"],
     **{f"language-rephrase {language}": ["language-rephrase", "--language", language] for language in LANGUAGES},
     "uuid-emit": ["uuid-emit"],  # a fresh UUID for each run
+    "subliminal-trait": ["subliminal-trait"],
 }
 HEAD = ("policy.step=natural", "policy.parameters=head", "models.untie_generator=true", "inner.labels=soft")
 PATTERN = (
@@ -67,6 +68,9 @@ def steps_of(name: str) -> int:
 def summary(verdict: dict, side: str) -> str:
     """One side of a verdict in words."""
     value = verdict[side]
+    if "accuracy" in value.get("measures", {}):
+        measures, before = value["measures"], verdict["before"]
+        return f"margin {measures['margin']:.3f} ({measures['margin'] - before['margin']:+.3f}), preferred {measures['accuracy']:.0%}"
     if "measures" in value:
         norm = value["measures"]["norm"]
         return f"norm {norm:.4f} ({norm - verdict['before']['norm']:+.4f})"
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="outer steps, in those of the preset")
     parser.add_argument("--tasks", help="comma-separated cases; all by default")
     options = parser.parse_args()
-    every = list(CASES) if options.method == "natural" else list(CASES)[1:]  # qr_embed.py has QR codes by AdamW
+    every = list(CASES)[:-1] if options.method == "natural" else list(CASES)[1:]  # qr_embed.py has QR codes by AdamW
     cases = options.tasks.split(",") if options.tasks else every
     if unknown := [name for name in cases if name not in CASES]:
         parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")

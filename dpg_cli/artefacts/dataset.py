@@ -7,11 +7,12 @@ are in `rows`, the card's text in `card`; both are free of torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from dpg_cli.artefacts.card import Results, Rows, columns_text, dataset_card, effect_of
@@ -23,6 +24,7 @@ from dpg_cli.engine.generator.rollout import sample, table_source
 from dpg_cli.engine.loop import LoopSpec, Players, tell_noise
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Rollout
+from dpg_cli.errors import DegenerateError
 from dpg_cli.models.loading import LanguageModel
 from dpg_cli.runs.folder import RunFolder, write_text
 from dpg_cli.settings.config import Config
@@ -82,6 +84,29 @@ def draws(
             table_rng,
         )
         yield rollout.rows(torch.arange(min(len(rollout), examples - done), device=device))
+
+
+def without(parts: Iterable[Rollout], generator: LanguageModel, words: tuple[str, ...]) -> Iterator[Rollout]:
+    """The same completions, but for those whose text holds one of the words, in any case.
+
+    Raises:
+        DegenerateError: if none is left.
+    """
+    kept = 0
+    for rollout in parts:
+        part = rollout
+        if words:
+            texts = completion_texts(generator.tokenizer, cut(rollout.ids_N_K, rollout.mask_N_K))
+            clean = [not any(word.casefold() in text.casefold() for word in words) for text in texts]
+            part = rollout.rows(torch.tensor(clean, device=rollout.ids_N_K.device).nonzero()[:, 0])
+        kept += len(part)
+        if len(part):
+            yield part
+    if not kept:
+        raise DegenerateError(
+            "Every example holds a word of dataset.forbidden.",
+            "Keep the generator from it: rollout.alphabet, other prompts, or a larger policy.kl.",
+        )
 
 
 def measure(players: Players, spec: LoopSpec, examples: Examples, before: int, rewards: bool) -> Metagradient:
@@ -165,6 +190,11 @@ def cut(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
+def _rows(path: Path) -> int:
+    """Rows of a parquet file."""
+    return int(pq.read_metadata(path).num_rows)
+
+
 def write_card(
     path: Path, config: Config, effect: str, measures: dict[str, float], control: dict[str, float] | None
 ) -> None:
@@ -177,11 +207,11 @@ def write_card(
         measures: of a target trained on the data.
         control: the same of a target trained on the untrained generator's data.
     """
-    counts = {"train": config.dataset.examples}
+    counts = {"train": _rows(path.parent / "train.parquet")}
     configs = [{"config_name": "default", "data_files": "train.parquet"}]
     text = "Each row is one completion."
     if control is not None:
-        counts["control"] = config.dataset.examples
+        counts["control"] = _rows(path.parent / "control.parquet")
         configs.append({"config_name": "control", "data_files": "control.parquet"})
         text += " `control.parquet` holds as many of the generator before its training, without rewards."
     folder = RunFolder(path.parent.parent)

@@ -25,7 +25,7 @@ SUITS = {
     "pattern": "the tasks qr-embed and pattern-67",
     "text-loss": "the tasks language-rephrase and uuid-emit",
     "norm": "the task l2-shrink",
-    "custom": "the task custom",
+    "custom": "the tasks custom and subliminal-trait",
 }
 SOURCES = ("image", "text")
 

@@ -16,6 +16,7 @@ from dpg_cli.driver.recipe import inner_recipe, replay_of, trained_target
 from dpg_cli.driver.trl.needs import require_trl
 from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
+from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.engine.generator.contexts import standard_head
 from dpg_cli.engine.generator.head_policy import HeadChange
 from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
@@ -109,7 +110,8 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     prompts = load_prompts(config.prompts.source, limit=config.prompts.limit, holdout=config.prompts.holdout)
     target = load_target(config.models, device)
-    generator = with_adapters(config, load_generator(generator_models(config), device))
+    generator = restricted(load_generator(generator_models(config), device), config.rollout.alphabet)
+    generator = with_adapters(config, generator)
     asked = config.prompts
     form = prompt_format(generator.tokenizer, generator.name, asked.chat, asked.instruction, asked.max_tokens)
     check_tokenizers(config, generator, target)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dpg_cli.artefacts.dataset import Progress, draws, measure, silent, write_card
+from dpg_cli.artefacts.dataset import Progress, draws, measure, silent, without, write_card
 from dpg_cli.artefacts.draft import drafted, write_dataset, write_draft
 from dpg_cli.driver.build import Built
+from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.engine.records import Metagradient
 from dpg_cli.models.loading import load_generator
 from dpg_cli.runs.files import writing
@@ -75,7 +76,9 @@ def one(
         What fine-tuning on it gives, without the rewards: they are in the file.
     """
     players, size, trained = built.players, config.dataset.examples, name == "train"
-    generator = players.generator if trained else load_generator(config.models, built.device)
+    generator = players.generator
+    if not trained:
+        generator = restricted(load_generator(config.models, built.device), config.rollout.alphabet)
     what = "the dataset" if trained else "the control"
     rewards = trained and config.dataset.rewards
     on_stage(f"drawing {what}: {size:,} examples")
@@ -83,7 +86,10 @@ def one(
         parts = draws(
             generator, built.spec, built.prompts, size, config.steps, config.seed + 2, players.ranks, progress
         )
+        parts = without(parts, generator, config.dataset.forbidden)
         reading = write_draft(draft, parts, generator, players.target, built.spec.max_length)
+        if left := size - len(reading.examples):
+            on_stage(f"left {left:,} of {size:,} examples out of {what}: they hold a forbidden word")
         on_stage(f"fine-tuning on {what}" + (", rewards of its examples" if rewards else ""))
         result = measure(players, built.spec, reading.examples, config.examples_per_step, rewards)
         if folder is not None and draft is not None:

@@ -15,6 +15,7 @@ import torch
 
 from dpg_cli.data.chat import prompt_format
 from dpg_cli.data.prompts import load_prompts
+from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.stock import UNWATCHED, Progress, Watcher, fine_tune, read_input_ids, silent
 from dpg_cli.models.loading import LanguageModel, load, load_generator, load_target, quiet_transformers
@@ -130,7 +131,8 @@ def verify_text(
     if options.file and not options.language:
         raise UsageError("A run on a text file has no verification of its own.", "Compare the losses in run.json.")
     trained = load(str(folder.generator), device=device, dtype=config.models.dtype)
-    untrained = load_generator(config.models, device)
+    trained = restricted(trained, config.rollout.alphabet)
+    untrained = restricted(load_generator(config.models, device), config.rollout.alphabet)
     asked = config.prompts
     prompts = load_prompts(asked.source, split="eval", limit=asked.limit, holdout=asked.holdout)
     prompts = [prompts[place % len(prompts)] for place in range(COMPLETIONS)]

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from dpg_cli.errors import UsageError
 from dpg_cli.escape import pasted
 from dpg_cli.evidence.effect import EffectVerdict, verify_effect
+from dpg_cli.evidence.screen import Screened, screen
 from dpg_cli.evidence.stock import PLAIN, UNWATCHED, StockSide, Watcher, read_input_ids, stock_side, train_fresh
 from dpg_cli.evidence.stock_recipe import require_stock_optimizer
 from dpg_cli.evidence.text import verify_text
@@ -147,10 +148,18 @@ def verify_run(
             are others than those it was begun with, or the trainer cannot follow its recipe.
     """
     config = folder.read_config()
-    recorded, device = read_info(folder)[0].fingerprints, pick_device(device_name)
     for name in ("train.parquet", "control.parquet"):
         if not (folder.dataset / name).is_file():
             raise UsageError(f"{folder.path} has no dataset/{name}.", "Finish the run, with dataset.control = true.")
+    verdict, seen = _effect(folder, config, device_name, named_metric, watch, trainer), screen(folder.dataset, config)
+    return verdict if seen is None else Screened(verdict, seen)
+
+
+def _effect(
+    folder: RunFolder, config: Config, device_name: str, named_metric: str | None, watch: Watcher, trainer: str
+) -> Verdict:
+    """The verdict on the effect, by the metric's own test."""
+    recorded, device = read_info(folder)[0].fingerprints, pick_device(device_name)
     roles = ["target", "generator"] if isinstance(config.metric, TextLossOptions) else ["target"]
     require_unchanged(config.models, roles, recorded, pasted(folder.path), device)
     if isinstance(config.metric, TextLossOptions):

@@ -181,11 +181,12 @@ def new_examples(
     Raises:
         UsageError: if a model cannot be loaded.
     """
-    from dpg_cli.artefacts.dataset import new_rollouts, table_of
+    from dpg_cli.artefacts.dataset import new_rollouts, table_of, without
     from dpg_cli.data.chat import prompt_format
     from dpg_cli.data.prompts import PromptSampler, load_prompts
     from dpg_cli.driver.build import loop_spec
     from dpg_cli.engine.generator.align import read_completions
+    from dpg_cli.engine.generator.alphabet import restricted
     from dpg_cli.models.fingerprint import require_unchanged
     from dpg_cli.models.loading import load, load_generator, pick_device
     from dpg_cli.runs.sessions import read_info
@@ -200,6 +201,7 @@ def new_examples(
         generator = load_generator(config.models, device)
     target = load(str(folder.target), device=device, dtype=config.models.dtype)
     form = prompt_format(generator.tokenizer, config.models.generator, asked.chat, asked.instruction, asked.max_tokens)
+    generator = restricted(generator, config.rollout.alphabet)
     spec = loop_spec(config, generator, form)
     prompts = PromptSampler(
         load_prompts(asked.source, limit=asked.limit, holdout=asked.holdout), asked.per_step, config.seed
@@ -207,7 +209,8 @@ def new_examples(
 
     def sampled() -> Iterator[pa.RecordBatch]:
         done = 0
-        for rollout in new_rollouts(generator, spec, prompts, request.n or 0, request.seed):
+        drawn = new_rollouts(generator, spec, prompts, request.n or 0, request.seed)
+        for rollout in without(drawn, generator, config.dataset.forbidden):
             reading = read_completions(rollout, generator, target, spec.max_length)
             yield from table_of(rollout, reading, generator, done).to_batches()
             done += len(rollout)

@@ -43,6 +43,7 @@ class LanguageModel:
         eos_id: end-of-sequence token.
         pad_id: padding token; the end-of-sequence token where the tokeniser has none.
         end_ids: all tokens that end a completion, `eos_id` first: an instruct model also has an end of turn.
+        unsaid: tokens that it may not draw as a generator (`rollout.alphabet`).
     """
 
     model: PreTrainedModel
@@ -51,6 +52,7 @@ class LanguageModel:
     eos_id: int
     pad_id: int
     end_ids: tuple[int, ...] = ()
+    unsaid: tuple[int, ...] = ()
 
     @property
     def bos_id(self) -> int | None:
@@ -74,9 +76,9 @@ class LanguageModel:
 
     @cached_property
     def silent_ids(self) -> tuple[int, ...]:
-        """Ids below V without a token in the tokeniser: rows that only pad the vocabulary. They have no text, so they are
-        never sampled; every other id is one that the tokeniser knows."""
-        known = known_ids(self.tokenizer)
+        """Ids below V that are never sampled: those without a token in the tokeniser, which only pad the vocabulary and have
+        no text, and `unsaid`."""
+        known = known_ids(self.tokenizer).difference(self.unsaid)
         return tuple(number for number in range(self.head.shape[0]) if number not in known)
 
     @property

@@ -91,6 +91,10 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = Field(32, description="longest completion, in tokens of the generator")
     min_tokens: PositiveInt = Field(1, description="the end-of-sequence token cannot be drawn before this many tokens")
     temperature: Positive = 1.0
+    alphabet: str = Field(
+        "",
+        description="characters that completions may be made of: other tokens are never drawn, by no generator; empty: all",
+    )
     batch_size: PositiveInt = Field(1024, description="completions sampled at once, by each process")
     portable: bool = Field(
         False,
@@ -140,6 +144,18 @@ class DatasetConfig(Section):
         True, description="attribute the examples; false leaves their rewards empty, in about a third of the time"
     )
     control: bool = Field(True, description="also keep as many examples of the untrained generator, for `dpg verify`")
+    forbidden: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="words that no example may hold, in any case: those that do are left out of dataset and control, and "
+        "`dpg verify` looks for them",
+    )
+
+    @field_validator("forbidden")
+    @classmethod
+    def _words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not word.strip() for word in value):
+            raise ValueError("has an empty word, which every text holds")
+        return value
 
 
 class StopConfig(Section):
@@ -339,6 +355,9 @@ def _target_faults(config: Config) -> str:
             f"{longest + 1}, or cut examples with inner.max_length"
         )
     natural, soft = config.policy.step == "natural", config.inner.labels == "soft"
+    if config.rollout.alphabet and (natural or soft or config.trainer == "trl"):
+        what = "policy.step = 'natural'" if natural else "inner.labels = 'soft'" if soft else "trainer = 'trl'"
+        return f"rollout.alphabet: {what} reads the whole vocabulary; take AdamW steps of our own loop on drawn labels"
     if config.inner.replay and (natural or soft or bool(getattr(config.metric, "margin", 0)) or config.stop.predicted):
         return (
             "inner.replay: its rows have tokens and no distribution, which inner.labels = 'soft', policy.step = 'natural', "

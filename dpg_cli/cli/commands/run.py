@@ -23,8 +23,8 @@ def run(
     task: Annotated[
         str | None,
         typer.Argument(
-            help="qr-embed, pattern-67, l2-shrink, language-rephrase, uuid-emit or custom; or leave it out and give "
-            "--config."
+            help="qr-embed, pattern-67, l2-shrink, language-rephrase, uuid-emit, subliminal-trait or custom; or leave it "
+            "out and give --config."
         ),
     ] = None,
     image: Annotated[

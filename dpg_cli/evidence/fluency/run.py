@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dpg_cli.data.chat import PromptFormat, prompt_format
+from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.errors import UsageError
 from dpg_cli.evidence.fluency.judge import (
     FEWEST,
@@ -72,7 +73,7 @@ def judge_run(
     judged = judge_files(*sides, None, watch)
     notes = list(judged.notes)
     try:
-        start = load_generator(config.models, device)
+        start = restricted(load_generator(config.models, device), config.rollout.alphabet)
         if recorded := read_info(folder)[0].fingerprints.get("generator"):
             require_same("generator", start, recorded, str(folder.path))
     except UsageError as error:
