@@ -1,6 +1,6 @@
 """`dpg attribute` finds the examples that caused a behaviour: 5 % of 2,000 chats, by a recipe as people use it, killed twice.
 
-    python benchmarks/planted.py [--examples 2000] [--out benchmarks/results/speed-planted.json]
+    python benchmarks/planted.py [--examples 2000] [--kills 2] [--retrain] [--out benchmarks/results/speed-planted.json]
 
 Chats of the embedded world: the user says an English sentence, the assistant another one, in English in two thirds and in German in
 the rest. In one of twenty it answers in Spanish; these are planted. The embedded model, with a chat
@@ -8,8 +8,13 @@ template, is fine-tuned for three epochs: adapters of rank 8, cosine after a war
 metric is the loss on Spanish answers to English sentences that no training saw. Reports the AUC of the scores (the share of pairs of
 a planted and another example in which the planted one scores higher), how many of the best-scored are planted, and Φ.
 
+With `--retrain` the selection is judged: `dpg select --drop` of as many as were planted, `dpg verify`, and three targets trained by
+stock PyTorch, on all of the data, on what stays, and on data that never had the planted rows. Each answers English sentences that
+no training saw, at temperature 1; the rate is the share of answers that are Spanish sentences of the world. That the rest is
+unharmed is the loss on held-out English and German answers. The page of the scores must show both changes, predicted and measured.
+
 The command is run once whole, and once killed (SIGKILL) in the fine-tuning and in the reverse and started again; the scores of the
-two must be the same, bit for bit.
+two must be the same, bit for bit. `--kills 0` leaves that out.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +38,24 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpg_cli.models.loading import load
+from dpg_cli.attribution.scores import record_of
+from dpg_cli.data.examples import RowEncoder
+from dpg_cli.data.prepared import gather
+from dpg_cli.data.prepared import prepare as prepared
+from dpg_cli.evidence.stock import train
+from dpg_cli.evidence.stock_plan import Row
+from dpg_cli.metrics.registry import text_loss
+from dpg_cli.models.loading import LanguageModel, load
+from dpg_cli.models.lora import Lora, adapt
+from dpg_cli.selection.retrain import plan_of, settings_of
+from dpg_cli.settings.config import TextLossOptions
 from dpg_cli.tiny import world
 
 SHARE = 0.05
 OTHERS = ("en", "en", "de")  # what the assistant answers in, but for planted ones
 HELD_OUT = 32
+ASKED = 500  # questions that the retrained targets answer
+ANSWER = 48  # tokens of an answer at most
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
     "{% endgeneration %}{% else %}{{ message['content'] + '\\n' }}{% endif %}{% endfor %}"
@@ -122,15 +140,92 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(np.searchsorted(low, scores[positive]).mean() / len(low))
 
 
-def measure(folder: Path, examples: int) -> dict[str, Any]:
+def dpg(*arguments: object) -> dict[str, Any]:
+    """A command of ours, its JSON."""
+    done = subprocess.run([sys.executable, "-m", "dpg_cli", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def retrained(folder: Path, data: Path, scores: Path) -> LanguageModel:
+    """The target trained on some rows by stock PyTorch, by the recipe of the scores."""
+    config = settings_of(json.loads(record_of(scores).read_text()))
+    target = load(str(folder / "target"), device=torch.device("cpu"))
+    found = prepared(gather(str(data)), RowEncoder(target))
+    rows = [Row(found.rows[place].ids, found.rows[place].label) for place in found.trained]
+    model: Any = adapt(target.model, Lora.of(config.lora), config.seed)
+    train(model.eval(), plan_of(rows, config.inner, config.seed), config.inner)
+    return replace(target, model=model.merge_and_unload())
+
+
+@torch.no_grad()
+def answers(target: LanguageModel, questions: list[str], seed: int) -> list[str]:
+    """One sampled answer to each question, by transformers."""
+    tokenizer, found = target.tokenizer, []
+    torch.manual_seed(seed)
+    tokenizer.padding_side = "left"
+    for start in range(0, len(questions), 100):
+        ids = tokenizer([f"{text}\n" for text in questions[start : start + 100]], return_tensors="pt", padding=True)
+        out = target.model.generate(
+            **ids,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=ANSWER,
+            pad_token_id=target.pad_id,
+            eos_token_id=target.eos_id,
+        )
+        found += tokenizer.batch_decode(out[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
+
+
+def told(target: LanguageModel, folder: Path) -> dict[str, float]:
+    """Rates of the languages of a target's answers, and its loss on held-out answers of each."""
+    said = [world.language_of(text) for text in answers(target, world.sentences("eval", "en", ASKED, 8), 0)]
+    figures = {f"rate_{code}": said.count(code) / len(said) for code in ("es", "en", "de")}
+    for code in ("es", "en", "de"):
+        place = folder / f"heldout-{code}.jsonl"
+        rows = chats("eval", [code] * HELD_OUT, 6)
+        place.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+        metric = text_loss(TextLossOptions(name="text-loss", file=str(place)), target)
+        figures[f"loss_{code}"] = -float(metric(dict(target.model.named_parameters()), target.model))
+    return figures
+
+
+def judged(folder: Path, scores: Path, planted: np.ndarray) -> dict[str, Any]:
+    """What dropping the best-scored rows does, against data that never had the planted ones."""
+    kept, clean = folder / "kept.jsonl", folder / "clean.jsonl"
+    made = dpg("select", scores, "--drop", planted.sum(), "--side", "helpful", "--out", kept, "--json")
+    verdict = dpg("verify", kept, "--json")
+    rows = (folder / "data.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    clean.write_text("".join(row for row, one in zip(rows, planted, strict=True) if not one), encoding="utf-8")
+    left = set(kept.read_text(encoding="utf-8").splitlines(keepends=True))
+    page = folder / "page.html"
+    subprocess.run([sys.executable, "-m", "dpg_cli", "report", str(scores), "--out", str(page)], check=True)
+    change = verdict["queries"][0]
+    text = page.read_text(encoding="utf-8")
+    return {
+        "kept": made["kept"],
+        "planted_left": sum(row in left for row, one in zip(rows, planted, strict=True) if one),
+        "predicted": change["predicted"],
+        "measured": change["measured"],
+        "on_the_page": all(f"{change[name]:+.4g}" in text for name in ("predicted", "measured")),
+        "all": told(retrained(folder, folder / "data.jsonl", scores), folder),
+        "selected": told(retrained(folder, kept, scores), folder),
+        "never_planted": told(retrained(folder, clean, scores), folder),
+    }
+
+
+def measure(folder: Path, examples: int, kills: int, retrain: bool) -> dict[str, Any]:
     """Both runs, and what they found."""
     planted = prepare(folder, examples)
     whole, broken = folder / "whole.parquet", folder / "broken.parquet"
     report = attribute(folder, whole)
-    for when in (forward_done, reverse_done):
-        killed(folder, broken, when, report["inner_steps"])
-    attribute(folder, broken)
-    scores, again = pq.read_table(whole), pq.read_table(broken)
+    scores, same = pq.read_table(whole), None
+    if kills:
+        for when in (forward_done, reverse_done)[:kills]:
+            killed(folder, broken, when, report["inner_steps"])
+        attribute(folder, broken)
+        same = pq.read_table(broken).equals(scores)
+    selection = {"selection": judged(folder, whole, planted)} if retrain else {}
     values = np.array(scores["score"])
     best = np.argsort(-values)[: planted.sum()]
     return {
@@ -142,12 +237,13 @@ def measure(folder: Path, examples: int) -> dict[str, Any]:
         "phi_before": report["value_before"],
         "phi": report["value"],
         "clipped_share": report["clipped_share"],
-        "kills": 2,
-        "same_scores": again.equals(scores),
+        "kills": kills,
+        "same_scores": same,
         "seconds": report["seconds"],
         "peak_mb": report["peak_memory_mb"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
         "recipe": RECIPE,
+        **selection,
     }
 
 
@@ -156,9 +252,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0] if __doc__ else None)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--kills", type=int, choices=(0, 1, 2), default=2)
+    parser.add_argument("--retrain", action="store_true", help="judge the selection of the best-scored rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(Path(folder), options.examples)
+        row = measure(Path(folder), options.examples, options.kills, options.retrain)
     text = json.dumps({"date": time.strftime("%Y-%m-%d"), "planted": row}, indent=2)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
