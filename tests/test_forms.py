@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from dpg_cli.engine.inner.attention.plain import attention
+from dpg_cli.engine.inner.attention.seen import Causal
 from dpg_cli.engine.reverse.dual import DualMode
 from dpg_cli.engine.reverse.forms import activation
 from dpg_cli.engine.reverse.forms.table import FORMS, REPLACED
@@ -126,6 +128,10 @@ CASES = {
         "attention", F.scaled_dot_product_attention,
         lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, b + LATER),
         lambda q, k, v, b: attend(q, k, v, b + LATER), (HEADS, HEADS, HEADS, (4, 5, 5)),
+    ),
+    "attention-slabs": Case(
+        "attention", attention, lambda q, k, v: attention(q, k, v, Causal()), lambda q, k, v: attend(q, k, v, LATER),
+        (HEADS, FEW, FEW),
     ),
     "layer_norm": Case(
         "layer_norm", F.layer_norm, lambda x, w, b: F.layer_norm(x, (6,), w, b), norm, ((2, 3, 6), (6,), (6,))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.arguments import accepted
+from dpg_cli.engine.inner.attention.served import note
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
 from dpg_cli.engine.inner.prepare import opened, uncompiled
@@ -246,6 +247,8 @@ def _ready(
         packs = packing and can_pack(run, examples)
         if packing and not packs:
             notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
+        if run.slabs and (own_attention := note(target, examples.ids_N_S.shape[1])):
+            notes.append(own_attention)
         notes += [*finding.notes, *([said] if said else [])]
         yield replace(run, packing=packs), notes
 

@@ -7,11 +7,11 @@ itself, θ_T and the adjoints included; counted in `metagrad.reverse`):
 
 and for each further metric of the same walk (*query*) three of adjoints; with several, one more, and products of one step.
 
-Activations: of one micro-batch in the second-order pass, about 40 hidden vectors and 3 rows of attention scores a token and
-layer, or by differences about 20 hidden vectors, and five more vectors of n numbers; of the tokens that the metric reads at
-once, about 20. Where it reads several times as many, its gradient is summed in one more vector. The LM head takes a few chunks
-of logits. `keep` remembers products of the last steps (`engine/inner/remembered.py`), about 16 hidden vectors a token and layer,
-up to a limit.
+Activations: of one micro-batch in the second-order pass, about 40 hidden vectors a token and layer, and 3 rows of attention
+scores where rows are short or the target's attention is its own (`engine/inner/attention/`); or by differences about 20
+hidden vectors, and five more vectors of n numbers; of the tokens that the metric reads at once, about 20. Where it reads
+several times as many, its gradient is summed in one more vector. The LM head takes a few chunks of logits. `keep` remembers
+products of the last steps (`engine/inner/remembered.py`), about 16 hidden vectors a token and layer, up to a limit.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from dpg_cli.engine.inner.attention.served import LONG, is_same
 from dpg_cli.engine.inner.head import chunk_logits
 from dpg_cli.engine.inner.remembered import LIMIT
 from dpg_cli.engine.inner.tape import Memory
@@ -51,6 +52,7 @@ class Need:
         queries: Q, of one walk.
         averaged: it reads an average of the weights, whose derivative is kept.
         exact: second order by the dual pass; else by differences.
+        matrices: the target's attention is its own, and keeps its scores.
     """
 
     parameters: int
@@ -68,6 +70,7 @@ class Need:
     queries: int = 1
     averaged: bool = False
     exact: bool = True
+    matrices: bool = False
 
     @classmethod
     def of(
@@ -88,6 +91,7 @@ class Need:
             vocabulary=vocabulary,
             batch=batch,
             metric_tokens=metric_tokens,
+            matrices=length >= LONG and not is_same(target.model),
         )
 
     @property
@@ -105,7 +109,9 @@ class Need:
     @property
     def bytes(self) -> float:
         """The peak, without what Python and its libraries take."""
-        dual = activation_numbers(self.rows * self.length, self.length, self.layers, self.width, self.heads, self.exact)
+        dual = activation_numbers(
+            self.rows * self.length, self.length, self.layers, self.width, self.heads, self.exact, self.matrices
+        )
         activations = max(dual, 20 * min(TOKENS, self.metric_tokens) * self.layers * self.width)
         logits = 5 * min(chunk_logits(self.vocabulary), self.rows * self.length * self.vocabulary)
         vectors = self.vectors + (self.metric_tokens > TOKENS) + (0 if self.exact else DIFFERENCES)

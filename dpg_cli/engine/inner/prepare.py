@@ -62,7 +62,7 @@ def prepared(model: nn.Module, as_it_runs: bool = False) -> Iterator[tuple[nn.Mo
     target = opened(model)
     notes: list[str] = []
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(target))
+        stack.enter_context(evaluating(target))
         if as_it_runs:
             stack.enter_context(_compiled_as(model, target))
             stack.enter_context(_checkpointing(target))
@@ -196,7 +196,7 @@ def _refuse_parameters(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and each module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dpg_cli.engine.inner.attention.served import in_slabs
 from dpg_cli.engine.inner.head import Head, find_head, first_order
 from dpg_cli.engine.inner.packing import pack, unpack
 from dpg_cli.engine.inner.prepare import uncompiled
@@ -78,6 +79,11 @@ class TargetRun:
     def as_it_runs(self) -> bool:
         """The model runs as its user runs it: nothing in it is replaced, and it carries θ as its own parameters."""
         return self.second_order == "difference"
+
+    @property
+    def slabs(self) -> bool:
+        """Attention may be taken in slabs (`attention/served.py`), which have one derivative, and tangents by the dual pass."""
+        return self.second_order == "dual"
 
     def normalizer(self, batch: Examples) -> float:
         """Z_t of a whole inner batch. It never depends on the data weights."""
@@ -238,7 +244,7 @@ def loss_gradient(
                 loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
                 continue
             tokens = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
-            with torch.enable_grad(), _maps(run, made):
+            with in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs), torch.enable_grad(), _maps(run, made):
                 hidden = hidden_of(run.head, {} if run.as_it_runs else leaves, piece, run.masked)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
@@ -264,7 +270,7 @@ def _plain_gradient(
     run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None
 ) -> float:
     """The same through the model's own logits."""
-    with torch.enable_grad(), _maps(run, made):
+    with in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs), torch.enable_grad(), _maps(run, made):
         logits = logits_of(run.model, {} if run.as_it_runs else leaves, piece, run.masked)
         marked = Labelled.of(piece, weights_B, scale)
         if marked.trained is not None:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dpg_cli.engine.inner.attention.served import is_same
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.forms.attention import LONG
 from dpg_cli.engine.reverse.selfcheck import Finding, selfcheck
 from dpg_cli.engine.reverse.uncut import uncut
 from dpg_cli.errors import BadValueError, UsageError
@@ -94,16 +96,23 @@ def remedy(asked: SecondOrder) -> str:
     return "Set second_order = 'exact', which has no steps."
 
 
-def activation_numbers(tokens: int, length: int, layers: int, width: int, heads: int, exact: bool = True) -> int:
+def activation_numbers(
+    tokens: int, length: int, layers: int, width: int, heads: int, exact: bool = True, matrices: bool = False
+) -> int:
     """About how many numbers a micro-batch keeps for its reverse.
 
     Args:
         tokens: of the micro-batch.
         length: of a row.
         layers, width, heads: of the target.
-        exact: of the dual pass, with its matrices of attention scores; else of an ordinary pass with a fused attention.
+        exact: of the dual pass; else of an ordinary pass with a fused attention.
+        matrices: the target has an attention of its own, whose scores are kept whatever the length; else they are kept for
+            short rows alone, and attention in slabs keeps two numbers a row and head (`forms/attention_slabs.py`).
     """
-    return tokens * layers * (40 * width + 3 * heads * length if exact else 20 * width)
+    if not exact:
+        return tokens * layers * 20 * width
+    scores = 3 * heads * length if matrices or length < LONG else 2 * heads
+    return tokens * layers * (40 * width + scores)
 
 
 def dual_bytes(run: TargetRun, examples: Examples, batch: int) -> float:
@@ -116,7 +125,8 @@ def dual_bytes(run: TargetRun, examples: Examples, batch: int) -> float:
     rows = run.rows_at_once(batch, length, examples.ids_N_S.device)
     element = next(parameter.element_size() for parameter in run.model.parameters())
     layers, width, heads = sizes
-    return float(activation_numbers(rows * length, length, layers, width, heads) * element)  # type: ignore[arg-type]
+    matrices = length >= LONG and not is_same(run.model)
+    return float(activation_numbers(rows * length, length, layers, width, heads, True, matrices) * element)  # type: ignore[arg-type]
 
 
 def free_bytes(device: torch.device) -> float:

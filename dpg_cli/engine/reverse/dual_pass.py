@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dpg_cli.engine.inner.attention.served import in_slabs
 from dpg_cli.engine.inner.head import Head
 from dpg_cli.engine.inner.packing import unpack
 from dpg_cli.engine.inner.remembered import Piece, Remembered
@@ -89,6 +90,7 @@ def dual_pass(
         made = None if remembered is None else remembered.next()
         with (
             torch.enable_grad(),  # `DualMode` tells the model's own no_grad by it; without `into` no leaf asks for a graph
+            in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs),
             forward_ad.dual_level(),
             DualMode(run.precision, made),
             fused_activations(run.model),

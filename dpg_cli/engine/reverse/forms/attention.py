@@ -1,6 +1,8 @@
-"""Scaled dot-product attention: matrix products, and between them the softmax of `softmax.py`.
+"""Scaled dot-product attention: matrix products, and between them the softmax of `softmax.py`; in slabs where rows are long.
 
-A bias that depends on parameters (Doge's masks, learned relative positions) takes the products and the softmax one by one.
+Rows of `LONG` queries and more go through `attention_slabs.py`, whose memory is linear in the length, and which is also
+faster there. So do calls of `inner/attention/`'s own `attention`, of whatever length. A bias that depends on parameters
+(Doge's masks, learned relative positions) takes the products and the softmax one by one.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from dpg_cli.engine.inner.attention.plain import attention
+from dpg_cli.engine.inner.attention.seen import Causal, Full, Given, Seen
+from dpg_cli.engine.reverse.forms.attention_slabs import AttentionSlabs
 from dpg_cli.engine.reverse.forms.base import Form, MaybeTensor, parts, split
 from dpg_cli.engine.reverse.forms.softmax import dual_softmax, softmax_forward, softmax_reverse
+
+LONG = 256  # queries from which slabs are taken
 
 
 class Attention(torch.autograd.Function):
@@ -63,6 +70,38 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _learned(bias: Tensor) -> bool:
+    """Whether a mask is a bias that depends on parameters."""
+    primal, tangent = parts(bias)
+    return tangent is not None or (primal is not None and primal.requires_grad)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether slabs can take these shapes: rows, heads, places, numbers, with heads of keys that divide those of queries."""
+    shapes = query.shape, key.shape, value.shape
+    if any(len(shape) != 4 or shape[0] != query.shape[0] for shape in shapes) or key.shape[1] != value.shape[1]:
+        return False
+    heads, groups = query.shape[1], key.shape[1]
+    return heads % groups == 0 and (enable_gqa or groups in (1, heads))
+
+
+def dual_slabs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Seen,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """`inner.attention.plain.attention` on dual tensors."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    given = [part for tensor in (query, key, value) for part in split(tensor)]
+    sinks = (None, None) if sink is None else split(sink)
+    return forward_ad.make_dual(*AttentionSlabs.apply(*given, *sinks, seen, scale, cap))
+
+
 def dual_attention(
     query: Tensor,
     key: Tensor,
@@ -80,17 +119,19 @@ def dual_attention(
     """
     if dropout_p:
         raise ValueError("attention dropout must be off in the dual pass; call model.eval()")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    learned = attn_mask is not None and _learned(attn_mask)
+    if query.shape[-2] >= LONG and not learned and _grouped(query, key, value, enable_gqa):
+        seen: Seen = Causal() if is_causal else Full() if attn_mask is None else Given(attn_mask.detach())
+        return dual_slabs(query, key, value, seen, scale=scale)
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     if key.shape[:-2] != query.shape[:-2]:  # multi-query attention: one head of keys for all
         key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if attn_mask is not None and attn_mask.is_floating_point():
-        mask, mask_t = parts(attn_mask)
-        if mask_t is not None or (mask is not None and mask.requires_grad):  # a bias that is learned
-            scores = torch.matmul(query * scale, key.transpose(-2, -1)) + attn_mask
-            return torch.matmul(dual_softmax(scores), value)
+    if attn_mask is not None and learned:
+        scores = torch.matmul(query * scale, key.transpose(-2, -1)) + attn_mask
+        return torch.matmul(dual_softmax(scores), value)
     bias = None
     if is_causal or attn_mask is not None:
         keep = attn_mask
@@ -104,4 +145,4 @@ def dual_attention(
     return forward_ad.make_dual(*Attention.apply(*given, bias, scale))
 
 
-FORM = Form({torch.nn.functional.scaled_dot_product_attention: dual_attention})
+FORM = Form({torch.nn.functional.scaled_dot_product_attention: dual_attention, attention: dual_slabs})
