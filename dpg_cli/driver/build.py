@@ -133,7 +133,8 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
         reference = generator.model if adapted else load_generator(config.models, device).model.requires_grad_(False)
     if config.checkpoints_generator and natural is None and config.trainer == "dpg":
         checkpoint_activations(generator)
-    hinders = obstacle(generator.model, find_head(generator.model)) if config.policy.share_prompts else ""
+    ours = config.policy.share_prompts and config.trainer == "dpg"
+    hinders = obstacle(generator.model, find_head(generator.model)) if ours else ""
     players = Players(
         generator=generator,
         target=target,
@@ -150,8 +151,7 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     sampler = PromptSampler(prompts, config.prompts.per_step, config.seed)
     compared = agreement(generator, target, sample_texts(prompts))
     spec = replace(loop_spec(config, generator, form), replay=replay)
-    share = config.policy.share_prompts and not hinders
-    spec = replace(spec, policy=replace(spec.policy, share=share))
+    spec = replace(spec, policy=replace(spec.policy, share=ours and not hinders))
     return Built(players, spec, sampler, device, compared, config, cost, made_of, replayed, hinders)
 
 
