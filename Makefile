@@ -8,7 +8,7 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test zoo lint bench study docs model model-prose clean
+.PHONY: help setup demo test zoo lint bench gpu-check study docs model model-prose clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -46,6 +46,15 @@ bench: $(STAMP)  ## time and memory of the metagradient, sampling, shares of a s
 	$(BIN)/python benchmarks/metagradient.py $(if $(BERGSON),--bergson $(BERGSON))
 	$(BIN)/python benchmarks/memory.py --repeats 1
 	$(BIN)/python benchmarks/rollout.py
+
+# on a card nothing is set up before: the check installs for itself, and says how long that takes
+ifeq ($(DEVICE),cpu)
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check --device cpu --python $(BIN)/python $(GPU_CHECK)
+else
+gpu-check:  ## one card, bare machine to figures in at most nine minutes (DEVICE=cpu rehearses it with tiny shapes)
+	$(PYTHON) -m benchmarks.gpu_check --device $(or $(DEVICE),cuda) $(if $(BERGSON),--bergson $(BERGSON)) $(GPU_CHECK)
+endif
 
 study: $(STAMP)  ## the study behind docs/results.md; goes on where it was (QUICK=1: a few minutes, into build/study-quick)
 	$(BIN)/python -m benchmarks.study $(if $(QUICK),--quick)

@@ -1,6 +1,6 @@
 """The cost model against the clock: predicted and measured seconds of an outer step, and memory, for several tasks on this machine.
 
-    python benchmarks/cost_model.py [--steps 8] [--json]
+    python benchmarks/cost_model.py [--steps 8] [--only WORDS] [--json] [--out FILE]
 
 Each case is a real run in a process of its own, and a `--dry-run` of the same settings just before it. Seconds are medians over the
 outer steps after the first two. The last column is the efficiency that would have made the prediction right.
@@ -19,19 +19,28 @@ from pathlib import Path
 
 from dpg_cli.planning.cost import EFFICIENCY
 
+SKIPPED = 2  # outer steps that warm up
 CASES = {  # name: threads, task and settings
     "pattern-67, N = 128, T = 2, 1 thread": (1, "pattern-67", ("prompts.per_step=32", "inner.batch_size=64")),
     "pattern-67, N = 256, T = 1": (2, "pattern-67", ()),
     "pattern-67, N = 256, T = 8": (2, "pattern-67", ("inner.batch_size=32",)),
     "l2-shrink": (2, "l2-shrink", ()),
     "language-rephrase": (2, "language-rephrase", ()),
+    "qr-embed by natural steps": (2, "qr-embed.prose", ()),
+    "l2-shrink by natural steps": (2, "l2-shrink.prose", ("prompts.per_step=1024", "inner.batch_size=1024")),
+    "pattern-67 by natural steps, 8,192 tokens": (
+        2,
+        "pattern-67.prose",
+        ("prompts.per_step=256", "inner.batch_size=256"),
+    ),
 }
 
 
 def measure(threads: int, task: str, settings: tuple[str, ...], steps: int) -> dict[str, float]:
     """Predicted and measured figures of one case."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "dpg_cli", "run", task]
+    name, _, scale = task.partition(".")
+    command = [sys.executable, "-m", "dpg_cli", "run", name, "--scale", scale or "tiny"]
     for setting in (*settings, f"steps={steps}", "dataset.examples=16", "dataset.control=false"):
         command += ["--set", setting]
     dry = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True, text=True, env=environment)
@@ -41,8 +50,8 @@ def measure(threads: int, task: str, settings: tuple[str, ...], steps: int) -> d
         subprocess.run([*command, "--out", str(folder)], check=True, capture_output=True, env=environment)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         info = json.loads((folder / "run.json").read_text())
-    seconds = statistics.median(row["seconds"] for row in rows[2:])
-    written = statistics.median(row["tokens"] for row in rows[2:]) / cost["tokens_per_step"]
+    seconds = statistics.median(row["seconds"] for row in rows[SKIPPED:])
+    written = statistics.median(row["tokens"] for row in rows[SKIPPED:]) / cost["tokens_per_step"]
     return {
         "predicted_s": cost["seconds_per_step"],
         "measured_s": seconds,
@@ -58,8 +67,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", default="", help="cases that have these words")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, as it comes")
     arguments = parser.parse_args()
-    found = {case: measure(*parts, arguments.steps) for case, parts in CASES.items()}
+    found = {}
+    for case, parts in CASES.items():
+        if arguments.only in case:
+            found[case] = measure(*parts, arguments.steps)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.json:
         print(json.dumps(found, indent=2))
         return

@@ -46,6 +46,7 @@ from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.text_loss import in_pieces, mean_loss
 
 DEVICE = torch.device(os.environ.get("DPG_BENCH_DEVICE", "cpu"))  # --device, also for the processes that this starts
+STATES = "keep"  # --states
 SPEC = OptimizerSpec("adamw", lr=1e-3, beta1=0.95, beta2=0.975, eps=1e-8, eps_root=1e-8, weight_decay=0.01)
 
 
@@ -71,6 +72,9 @@ WORKLOADS = {
     "W3": Workload(768, 12, 12, 50257, 64, 2, 8),
     "G8": Workload(768, 12, 12, 50257, 128, 8, 128),  # for a GPU, as the next
     "G96": Workload(768, 12, 12, 50257, 128, 96, 1024),
+    "G96S": Workload(768, 12, 12, 50257, 128, 96, 16),  # as many steps, for minutes
+    "D8": Workload(32, 2, 2, 512, 16, 8, 4),  # rehearsals of the two
+    "D24": Workload(32, 2, 2, 512, 16, 24, 2),
 }
 
 
@@ -161,18 +165,19 @@ class Local:
         self.tokens: Tensor | None = None
         self.stats: dict[str, float] = {}
 
-    def plain(self) -> float:
-        """Seconds of plain training; the model's copy is made before."""
+    def plain(self, bf16: bool = False) -> float:
+        """Seconds of plain training; the model's copy is made before. `bf16`: under autocast."""
         model = copy.deepcopy(self.model)
-        return timed(lambda: plain(model, self.work, self.train))
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            return timed(lambda: plain(model, self.work, self.train))
 
-    def ours(self, memory: str = "keep", precision: str = "float32", second_order: str = "exact") -> float:
+    def ours(self, memory: str = "", precision: str = "float32", second_order: str = "exact") -> float:
         """Seconds of our metagradient."""
 
         def call() -> None:
             result = metagradient(
                 self.model, self.examples, SPEC, self.metric, batch_size=self.work.batch,
-                memory=memory, precision=precision, micro_batch=0 if DEVICE.type == "cpu" else 64,
+                memory=memory or STATES, precision=precision, micro_batch=0 if DEVICE.type == "cpu" else 64,
                 second_order=second_order,
             )  # type: ignore[arg-type]  # fmt: skip
             self.scores, self.tokens, self.stats = result.example_N.cpu(), result.token_N_S.cpu(), result.stats
@@ -265,7 +270,7 @@ def child(text: str) -> None:
     print(json.dumps({"peak_bytes": peak, "seconds": seconds}))
 
 
-def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[str, Any]:
+def measure(name: str, repeats: int, bergson: str | None, memory: bool, plain_bf16: bool = False) -> dict[str, Any]:
     """Medians of interleaved timings of one workload."""
     work, row = WORKLOADS[name], {"workload": name}
     local = Local(work)
@@ -286,6 +291,8 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool) -> dict[
         row["ratio"] = median_ratio(times["ours"], times["plain"])
         row["floor"] = floor(work.steps)
         row["times"] = times
+        if plain_bf16:
+            row["plain_bf16_s"] = local.plain(bf16=True)
         exact = local.scores
         assert exact is not None
         assert near is not None
@@ -380,14 +387,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--no-agreement", action="store_true", help="leave the comparison in float64 out")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--states", choices=("keep", "sqrt", "offload"), default="keep", help="of our inner run")
+    parser.add_argument("--plain-bf16", action="store_true", help="also plain training under autocast")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return
-    global DEVICE
-    DEVICE = torch.device(options.device)
+    global DEVICE, STATES
+    DEVICE, STATES = torch.device(options.device), options.states
     os.environ["DPG_BENCH_DEVICE"] = options.device
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {
@@ -400,7 +409,7 @@ def main() -> None:
         return json.dumps(about | {"rows": rows, "sizes": sizes}, indent=2)
 
     for name in options.workloads.split(","):
-        rows.append(measure(name, options.repeats, options.bergson, not options.no_memory))
+        rows.append(measure(name, options.repeats, options.bergson, not options.no_memory, options.plain_bf16))
         print(f"{name} done", file=sys.stderr)
         if options.out:  # as it goes: a long run may be cut off
             options.out.write_text(text() + "\n", encoding="utf-8")

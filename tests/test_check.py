@@ -221,3 +221,11 @@ def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:
     assert "warning: outer step 1: the inner optimiser acts as sign(g)" in answer.stderr
     assert len((tmp_path / "sign" / "metrics.jsonl").read_text().splitlines()) == 2  # 40 / 16, rounded
     assert dpg("run", "qr-embed", *small, "--total-examples", "7").returncode == 2
+
+
+def test_a_pattern_beyond_its_noise_is_checked_too() -> None:
+    """`metric.margin` counts in standard errors, which the float64 copy of the differences has to be told as well."""
+    config = resolve(find("pattern-67.prose").data(), ["prompts.per_step=16", "inner.batch_size=16"])
+    found = {finding.name: finding for finding in check(config, completions=16).findings}
+    assert found["nats"].measured["kappa"] > 0
+    assert found["finite differences"].verdict == "ok", found["finite differences"].says

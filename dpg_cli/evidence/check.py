@@ -18,6 +18,7 @@ from dpg_cli.engine.generator.credit import assign
 from dpg_cli.engine.generator.rollout import sample
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, initial_state, update
 from dpg_cli.engine.loop import LoopSpec, attribute
+from dpg_cli.engine.noise import HearsNoise
 from dpg_cli.engine.records import Rollout
 from dpg_cli.errors import DegenerateError
 from dpg_cli.evidence.check_findings import CheckReport, Finding, rounded
@@ -146,7 +147,10 @@ def _precise(config: Config, built: Built, probe: Probe, make: Callable[[Config]
     if config.models.dtype == "float64" or built.players.target.parameter_count > CHEAP or built.device.type == "mps":
         return probe
     double = make(config.model_copy(update={"models": config.models.model_copy(update={"dtype": "float64"})}))
-    return replace(probe, model=double.players.target.model, metric=double.players.metric)
+    metric, known = double.players.metric, built.players.metric
+    if isinstance(metric, HearsNoise) and isinstance(known, HearsNoise) and known.heard is not None:
+        metric.hear(known.heard)  # the same noise: a metric in units of it has no value without
+    return replace(probe, model=double.players.target.model, metric=metric)
 
 
 def _dead(error: DegenerateError, config: Config) -> Finding:
