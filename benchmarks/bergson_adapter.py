@@ -3,7 +3,8 @@
     PYTHON benchmarks/bergson_adapter.py SPEC.json
 
 The parent writes SPEC.json and the model and tokens it names, then sends one line on stdin for each run; each run answers
-with one line of JSON on stdout: seconds, peak resident memory, and the file of the scores. Checkpoints are saved at every
+with one line of JSON on stdout: seconds, those of the training alone, peak resident memory; the scores lie in a file. A line that is a
+number asks for as many runs, one for each of the questions in `queries`: it has no pass for several. Checkpoints are saved at every
 step, so that bergson computes nothing twice. Needs no package of ours.
 """
 
@@ -35,8 +36,9 @@ from torchopt.pytree import tree_iter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-def metagradient(model: GPT2LMHeadModel, train: Dataset, query: Dataset, spec: dict) -> torch.Tensor:
-    """∂(mean query loss)/∂w for every example: train, query gradients, backward through training."""
+def metagradient(model: GPT2LMHeadModel, train: Dataset, query: Dataset, spec: dict) -> tuple[torch.Tensor, float]:
+    """∂(mean query loss)/∂w for every example: train, query gradients, backward through training; seconds of the training."""
+    started = time.perf_counter()
     optimizer = torchopt.adamw(
         spec["lr"], betas=tuple(spec["betas"]), eps=spec["eps"], eps_root=spec["eps_root"],
         weight_decay=spec["weight_decay"],
@@ -46,13 +48,15 @@ def metagradient(model: GPT2LMHeadModel, train: Dataset, query: Dataset, spec: d
         trainer, state = Trainer.initialize(model, optimizer)
         stream = DataStream(train, spec["batch"], device="cpu")
         state = trainer.train(state, stream, inplace=True, save_dir=folder, save_mode="all")
+        trained = time.perf_counter() - started
         gradients, _ = compute_query_gradients(state, model, DataStream(query, len(query), device="cpu"))
         stream.requires_grad = True
         zeros = [
             torch.zeros_like(t) for t in tree_iter(state.opt_state) if torch.is_tensor(t) and t.is_floating_point()
         ]
         start = BackwardState(gradients, zeros, torch.zeros_like(stream.weights))
-        return trainer.backward(folder, stream, start, state, inplace=True, save_mode="all").weight_grads.detach()
+        found = trainer.backward(folder, stream, start, state, inplace=True, save_mode="all")
+        return found.weight_grads.detach(), trained
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -68,14 +72,21 @@ def main() -> None:
     model.load_state_dict(load_file(spec["weights"]), strict=False)
     model.loss_function = partial(weighted_causal_lm_ce, reduction="mean")
     train, query = (Dataset.from_dict({"input_ids": np.load(spec[key]).tolist()}) for key in ("train", "query"))
-    for _ in sys.stdin:
-        fresh = copy.deepcopy(model)
-        started = time.perf_counter()
-        scores = metagradient(fresh, train, query, spec)
-        seconds = time.perf_counter() - started
-        np.save(spec["scores"], scores.double().numpy())
+    for line in sys.stdin:
+        asked = [query]
+        if line.strip().isdigit():
+            asked = [Dataset.from_dict({"input_ids": ids}) for ids in np.load(spec["queries"])[: int(line)].tolist()]
+        scores, seconds, training = [], 0.0, 0.0
+        for one in asked:
+            fresh = copy.deepcopy(model)
+            started = time.perf_counter()
+            found, trained = metagradient(fresh, train, one, spec)
+            seconds += time.perf_counter() - started
+            training += trained
+            scores.append(found.double().numpy())
+        np.save(spec["scores"], scores[0] if asked[0] is query else np.stack(scores))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answers.write(json.dumps({"seconds": seconds, "peak_bytes": peak}) + "\n")
+        answers.write(json.dumps({"seconds": seconds, "training": training, "peak_bytes": peak}) + "\n")
 
 
 if __name__ == "__main__":

@@ -193,9 +193,12 @@ class Bergson:
         work: the workload.
         folder: for the model, the tokens, the scores and its checkpoints.
         dtype: "float32" or "float64".
+        queries: of `run(count)`, int64 (Q, rows, length).
     """
 
-    def __init__(self, python: str, work: Workload, folder: Path, dtype: str = "float32") -> None:
+    def __init__(
+        self, python: str, work: Workload, folder: Path, dtype: str = "float32", queries: Tensor | None = None
+    ) -> None:
         train, query = tokens(work)
         self.scores = folder / f"scores-{dtype}.npy"
         spec = {
@@ -204,7 +207,10 @@ class Bergson:
             "threads": torch.get_num_threads(), "folder": str(folder), "scores": str(self.scores),
             "weights": str(folder / "model.safetensors"),
             "train": str(folder / "train.npy"), "query": str(folder / "query.npy"),
+            "queries": str(folder / "queries.npy"),
         }  # fmt: skip
+        if queries is not None:
+            np.save(spec["queries"], queries.numpy())
         save_model(build(work), spec["weights"])
         np.save(spec["train"], train.numpy())
         np.save(spec["query"], query.numpy())
@@ -218,19 +224,19 @@ class Bergson:
             env=environment,
         )  # fmt: skip
         self.log = folder / "bergson.log"
-        self.peak_bytes = 0.0
+        self.peak_bytes = self.training = 0.0
 
-    def run(self) -> float:
-        """Seconds of one metagradient."""
+    def run(self, count: int = 0) -> float:
+        """Seconds of one metagradient; of those of `count` questions, one after the other."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("run\n")
+        self.process.stdin.write(f"{count or 'run'}\n")
         self.process.stdin.flush()
         line = next((line for line in self.process.stdout if line.startswith("{")), "")  # its imports may print
         if not line:
             raise SystemExit(f"bergson stopped:\n{self.log.read_text()[-2000:]}")
         answer = json.loads(line)
-        self.peak_bytes = answer["peak_bytes"]
+        self.peak_bytes, self.training = answer["peak_bytes"], answer["training"]
         return answer["seconds"]
 
     def close(self) -> None:

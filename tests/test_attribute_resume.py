@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,20 @@ def test_sigkill_in_steps_and_in_the_midst_of_writing(memory: str, tmp_path: Pat
     assert max(map(abs, once["score"].to_pylist())) > 0
     records = [json.loads((tmp_path / f"{name}.parquet.json").read_text()) for name in ("scores", "reference")]
     assert records[0] == records[1]
+
+
+@pytest.mark.slow
+def test_several_questions_validated_and_selected_killed_at_random(tmp_path: Path) -> None:
+    """A short version of the kill test: the same files as from commands that were never interrupted."""
+    script = Path(__file__).parent / "kill_attribution.py"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, script, "--kills", "2"], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    figures = json.loads(answer.stdout)
+    assert (figures["faults"], sum(figures["kills"].values())) == ([], 2)
+    assert figures["files"] >= 7
 
 
 def test_another_command_is_refused_and_a_hopeless_one_leaves_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +427,28 @@ def test_the_template_of_the_builders_is_compared(tmp_path: Path) -> None:
     finally:
         tokenizer.chat_template = MARKED
     assert row.text == "fine<|eot|>"
+
+
+def test_memory_of_many_short_rows(tmp_path: Path) -> None:
+    """20,000 rows of six words: what is held of a row after reading and tokenising, and what is held at most."""
+    words, count = ["the", "old", "cat", "takes", "a", "hat", "red", "house"], 20_000
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(count):
+            text = " ".join(words[(number * k + k) % len(words)] for k in (1, 3, 5, 7, 11, 13))
+            file.write(json.dumps({"text": text}) + "\n")
+    encoder = RowEncoder(reader(tokeniser("bytes")))
+    prepare(gather(str(path), limit=100), encoder)  # what is loaded once
+    gc.collect()
+    tracemalloc.start()
+    found = prepare(gather(str(path)), encoder)
+    gc.collect()
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.rows) == count
+    tokens = len(found.rows.ids) / count
+    assert held / count < 5 * tokens * 1.2 + 150, (
+        held / count,
+        tokens,
+    )  # arrays grow ahead of what they hold; text and places
+    assert most / count < 1200, most / count  # with the rows of the source, which are let go
