@@ -5,6 +5,7 @@ float64. The zoo's rows are judged against finite differences elsewhere; here so
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from dpg_cli.engine.inner.attention.seen import Biased, Causal, Full, Given, Ind
 from dpg_cli.engine.inner.packing import pack
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.reverse.choice import activation_numbers
 from dpg_cli.engine.reverse.dual import DualMode
 from dpg_cli.engine.reverse.dual_pass import dual_pass
 from dpg_cli.engine.reverse.forms import attention as form
@@ -314,6 +316,51 @@ def test_the_dense_forms_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest(model, make_examples(1, shortest=512, longest=512)) >= 4 * 512**2
 
 
+class Held(TorchDispatchMode):
+    """Within this context: the most bytes that tensors held at once, of those made here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.most = 0, 0
+        self.sizes: dict[int, int] = {}
+
+    def _let_go(self, key: int) -> None:
+        self.bytes -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in self.sizes:
+                storage = one.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._let_go, storage._cdata)
+        self.most = max(self.most, self.bytes)
+        return made
+
+
+def held(layers: int, length: int) -> int:
+    """Numbers that a dual pass holds at its peak, beyond the vectors of all parameters."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**SIZES, n_positions=4096, n_embd=WIDTH, n_layer=layers, n_head=4)).eval()
+    batch = make_examples(1, shortest=length, longest=length)
+    run = TargetRun(model, ParameterSpace(model), "token", length, 1)
+    theta = run.space.read(model)
+    into = torch.zeros_like(theta)
+    with Held() as counted:
+        dual_pass(run, theta, theta, batch, torch.ones(1), need_hvp=True, need_labels=False, hvp_into=into)
+    return counted.most // 4
+
+
+def test_memory_is_what_the_planner_says_and_grows_linearly() -> None:
+    one, three = held(1, 1024), held(3, 1024)
+    predicted = activation_numbers(1024, 1024, 2, WIDTH, 4)
+    assert 0.7 * predicted < three - one < 1.1 * predicted
+    assert held(3, 2048) < 2.1 * three
+    dense = activation_numbers(1024, 1024, 2, WIDTH, 4, matrices=True)
+    assert dense > 10 * predicted
+
+
 def test_a_model_that_reads_its_mask_keeps_its_own_attention() -> None:
     torch.manual_seed(0)
     model = tiny_model("doge")
@@ -321,7 +368,7 @@ def test_a_model_that_reads_its_mask_keeps_its_own_attention() -> None:
     assert "target's own" in served.note(model, 4096)
     assert not served.note(model, served.LONG - 1)
     assert not served.is_same(tiny_model("bigbird_pegasus"))  # without a mask its attention is not causal
-    assert not served.is_same(tiny_model("gpt_neo"))  # it never asks for an implementation
+    assert not served.is_same(tiny_model("gptj"))  # it never asks for an implementation
     with served.in_slabs(model, 10**6):
         assert model.config._attn_implementation == "sdpa"
     gpt2 = tiny_model("gpt2")
