@@ -30,7 +30,7 @@ from dpg_cli.engine.metagrad import metagradient, refuse_divergence
 from dpg_cli.engine.phi import metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient
-from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model
+from dpg_cli.engine.reverse.choice import SecondOrder, check_model, chosen
 from dpg_cli.engine.soft import LabelFactors, LabelSink
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.base import TargetMetric
@@ -152,7 +152,7 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
     """
     given = accepted(opened(model), examples, inner.optimizer).aligned()
     aligned, plan = inner.laid_out(given)
-    differences, said = by_differences(
+    way, said = chosen(
         inner.second_order,
         inner.recipe,
         model,
@@ -161,10 +161,10 @@ def effect(model: nn.Module, examples: Examples, metric: TargetMetric, inner: In
         batch=len(aligned),
         ranks=inner.ranks,
     )
-    with inner.recipe.prepared(model, as_it_runs=differences) as (target, notes):
+    with inner.recipe.prepared(model, as_it_runs=way != "exact") as (target, notes):
         run = inner.target_run(target, aligned.ids_N_S.shape[1])
-        if differences:
-            run = replace(run, second_order="difference")
+        if way != "exact":
+            run = replace(run, second_order=way)
         finding = check_model(run, aligned, need_hvp=False)
         run = finding.apply(run)
         theta = run.space.read(target)

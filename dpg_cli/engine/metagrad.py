@@ -36,7 +36,7 @@ from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
 from dpg_cli.engine.phi import metric_gradient, metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
-from dpg_cli.engine.reverse.choice import SecondOrder, by_differences, check_model, remedy
+from dpg_cli.engine.reverse.choice import SecondOrder, check_model, chosen, remedy
 from dpg_cli.engine.reverse.walk import reverse, turning_point
 from dpg_cli.engine.soft import LabelFactors, LabelSink
 from dpg_cli.errors import BadValueError, DegenerateError, UsageError
@@ -91,9 +91,10 @@ def metagradient(
         precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
             `precision_error`, the relative error of the token credits at the first inner step.
         packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
-        second_order: "exact", or by "difference"s of ordinary passes, with the model as it runs: compiled, any attention kernel,
-            any autograd function, checkpoints; `stats` then has `difference_error`, the estimated relative error of the token
-            credits. "auto" is exact where the model and the memory allow it. See `reverse/choice.py`.
+        second_order: "exact", or by "difference"s of ordinary passes ("one-sided": half as many, about ten times the error), with
+            the model as it runs: compiled, any attention kernel, any autograd function, checkpoints; `stats` then has
+            `difference_error`, the estimated relative error of the token credits. "auto" is exact where the model and the memory
+            allow it. See `reverse/choice.py`.
         progress: called as progress(phase, done, total) with phase "forward" or "reverse" after each inner step.
         ranks: the processes that share the work. All call this with the same arguments and get the same result.
         replay: own data that joins every step and gets no credit (`recipe/replay.py`).
@@ -109,7 +110,7 @@ def metagradient(
     Raises:
         DegenerateError: if anything becomes non-finite, or differences would be more than 5 % off.
         UsageError: if the recipe does not fit the model or the number of examples; for a model that no number here would be
-            right for (`inner/prepare.py`, `reverse/selfcheck.py`, `reverse/uncut.py`); for differences in bf16.
+            right for (`inner/prepare.py`, `reverse/selfcheck.py`, `reverse/differences/uncut.py`); for differences in bf16.
         BadValueError, BadTypeError: for arguments that cannot be meant; they are also ValueError and TypeError.
 
     Example:
@@ -227,10 +228,8 @@ def _ready(
         hvp: whether second-order passes will follow, which the model must be right for.
     """
     largest = max(len(plan.index(number)) for number in range(len(plan)))
-    differences, said = by_differences(
-        second_order, recipe, model, examples, micro_batch=micro_batch, batch=largest, ranks=ranks
-    )
-    with recipe.prepared(model, as_it_runs=differences) as (target, notes):
+    way, said = chosen(second_order, recipe, model, examples, micro_batch=micro_batch, batch=largest, ranks=ranks)
+    with recipe.prepared(model, as_it_runs=way != "exact") as (target, notes):
         run = TargetRun(
             target,
             recipe.space(target),
@@ -240,7 +239,7 @@ def _ready(
             precision=recipe.precision,
             ranks=ranks,
             packing=packing,
-            second_order="difference" if differences else "dual",
+            second_order="dual" if way == "exact" else way,
         )
         finding = check_model(run, examples, need_hvp=hvp)
         run = finding.apply(run)
@@ -324,7 +323,7 @@ def _attributed(
         found = reverse(
             run, trace, examples, weights, point, labels, progress, sink, visits, journal, remedy(second_order)
         )
-        if run.second_order == "difference":
+        if run.as_it_runs:
             notes.append(f"Differences: token credits are about {found.stats['difference_error']:.1e} off.")
         own_Q_N_S = found.token_Q_N_S[:, :own, :width]
         tokens = [given.as_given(token_N_S) for token_N_S in own_Q_N_S]

@@ -141,10 +141,11 @@ class InnerConfig(Section):
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "
         "(from an accelerator: in host memory); changes memory and time, and rounding",
     )
-    second_order: Literal["exact", "difference", "auto"] = Field(
+    second_order: Literal["exact", "difference", "one-sided", "auto"] = Field(
         "exact",
         description="difference: second derivatives by differences of ordinary passes, with the target as it runs; an error is "
-        "estimated, and more than 5 % refused. auto: exact where the target and the memory allow it",
+        "estimated, and more than 5 % refused. one-sided: with half the passes, and about ten times the error. auto: exact where "
+        "the target and the memory allow it, else difference",
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32",
@@ -238,7 +239,7 @@ class InnerConfig(Section):
 
     @model_validator(mode="after")
     def _differences_are_float32(self) -> InnerConfig:
-        if self.second_order == "difference" and self.precision != "float32":
+        if self.second_order in ("difference", "one-sided") and self.precision != "float32":
             raise ValueError(
                 "second_order: differences need precision = 'float32'; bf16 rounds away what they are made of"
             )

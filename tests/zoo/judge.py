@@ -90,7 +90,7 @@ def judge(
     directions = list(torch.eye(count).double()) if full else [torch.randn(count, dtype=torch.float64, generator=rng)]
     experts = hasattr(getattr(model, "config", None), "_experts_implementation_internal")
     with Exact():
-        if experts and second_order == "difference":
+        if experts and second_order in ("difference", "one-sided"):
             model.set_experts_implementation("batched_mm")  # the default has no float64
         ours = metagradient(
             model, examples, recipe.spec(), HeldOut(held_out), batch_size=recipe.batch, weights_N=weights,

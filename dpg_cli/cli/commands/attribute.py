@@ -114,7 +114,10 @@ def attribute(
     ] = None,
     second_order: Annotated[
         str | None,
-        typer.Option(help="exact; difference: of ordinary passes, for any target; or auto: exact where it can be."),
+        typer.Option(
+            help="exact; difference: of ordinary passes, for any target; one-sided: of half as many, ten times the error; or auto: exact "
+            "where it can be."
+        ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut examples to so many tokens.")] = None,
     keep: Annotated[str, typer.Option(help="Which end of a longer example stays: start or end.")] = "start",

@@ -147,6 +147,7 @@ def first_order(
     weight_into: Tensor | None,
     bias_into: Tensor | None,
     expected: Rows | None = None,
+    losses_into: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """Loss and gradient of Σ c ℓ.
 
@@ -157,6 +158,7 @@ def first_order(
         factors_M: c.
         weight_into, bias_into: W̄ and ā are added here; None leaves them out.
         expected: gives q of a chunk of the tokens, (m, V), in place of the labels.
+        losses_into: (M,), float64; takes ℓ of each token.
 
     Returns:
         The loss, and h̄ (M, D).
@@ -169,7 +171,8 @@ def first_order(
         if expected is not None:
             q = expected(part)
             logs = torch.log_softmax(logits, -1)
-            total -= float(torch.linalg.vecdot(q, logs) @ factors[:, 0])
+            losses = -torch.linalg.vecdot(q, logs)
+            total += float(losses @ factors[:, 0])
             error = logs.exp_().sub_(q)
             del logits, logs, q
         else:
@@ -179,14 +182,40 @@ def first_order(
             if bool((chosen < tiny).any()):  # p_y underflows: take the loss from the logits
                 losses = torch.logsumexp(logits, -1, keepdim=True) - logits.gather(-1, labels)
             total += float((losses * factors).sum())
+            losses = losses[:, 0] if losses_into is None else _fine(logits, chosen, labels)
             del logits
             error = probs.scatter_add_(-1, labels, -torch.ones_like(factors))
+        if losses_into is not None:
+            losses_into[part] = losses
         hidden_bar[part] = times(error, weight).mul_(factors)
         if weight_into is not None:
             weight_into.addmm_(error.mT, hidden * factors)
         if bias_into is not None:
             bias_into.addmv_(error.mT, factors[:, 0])
     return total, hidden_bar
+
+
+@torch.no_grad()
+def losses_of(
+    hidden_M_D: Tensor, weight: Tensor, bias: Tensor | None, labels_M: Tensor, expected: Rows | None = None
+) -> Tensor:
+    """ℓ of each token, (M,), float64; arguments as `first_order`."""
+    found = hidden_M_D.new_empty(len(labels_M), dtype=torch.float64)
+    for part in chunks(len(labels_M), weight.shape[0]):
+        labels, logits = labels_M[part, None], logits_at(hidden_M_D[part], weight, bias)
+        if expected is not None:
+            found[part] = -torch.linalg.vecdot(expected(part), torch.log_softmax(logits, -1))
+        else:
+            found[part] = _fine(logits, torch.softmax(logits, -1).gather(-1, labels), labels)
+    return found
+
+
+def _fine(logits: Tensor, chosen: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y in float64, (m,): the logarithm adds no rounding to that of p."""
+    losses = -chosen.double().log()
+    if bool((chosen < torch.finfo(chosen.dtype).tiny).any()):
+        losses = torch.logsumexp(logits.double(), -1, keepdim=True) - logits.gather(-1, labels).double()
+    return losses[:, 0]
 
 
 class MeanLoss(torch.autograd.Function):

@@ -6,7 +6,7 @@
     float32    bf16 and fp16 weights get float32 masters: a step of 1e-5 is lost in a bf16 weight
     experts    mixtures of experts take the implementation that has a second derivative
 
-Where second derivatives are differences of ordinary passes (`reverse/difference.py`), the target stays as its user runs it:
+Where second derivatives are differences of ordinary passes (`reverse/differences/`), the target stays as its user runs it:
 compiled code, experts' kernels and gradient checkpoints remain.
 
 All of it is undone at the end. What was done is said in one sentence each, for `Metagradient.notes`.

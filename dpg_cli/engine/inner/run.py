@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class InnerRun:
         norms: |g_t| of each before clipping; 0 without clipping.
         gradient_median: median |g| of the first over parameters with a gradient (of an even sample), after clipping.
         start: the first step of the plan that was made; 0 but for a warm start.
+        token_losses: ℓ_is of steps by their number, (B, S) in float64, for one-sided differences alone; not of steps that an
+            earlier process made.
     """
 
     tape: Tape
@@ -54,6 +56,7 @@ class InnerRun:
     norms: list[float]
     gradient_median: float
     start: int = 0
+    token_losses: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[Step]:
@@ -105,9 +108,14 @@ def inner_run(
     total = len(plan)
     stepper = Stepper(run, recipe, total)
 
+    token_losses: dict[int, Tensor] = {}
+
     def gradient(number: int, at: Tensor, remembered: Remembered | None = None) -> tuple[Tensor, float, float]:
         rows = plan.rows[number]
-        grad, loss = loss_gradient(run, at, examples.at(rows), weights_of(weights_N, rows), remembered)
+        batch, into = examples.at(rows), None
+        if run.second_order == "one-sided":
+            into = token_losses[number] = at.new_empty(batch.ids_N_S.shape, dtype=torch.float64)
+        grad, loss = loss_gradient(run, at, batch, weights_of(weights_N, rows), remembered, into)
         return grad, loss, stepper.clip_(grad)
 
     begin = 0 if start is None else start.step
@@ -154,7 +162,9 @@ def inner_run(
         if progress is not None:
             progress("forward", number - begin + 1, total - begin)
     final = state.theta if average is None else average
-    return InnerRun(tape, plan, stepper, final, course.losses, course.norms, course.gradient_median, begin)
+    return InnerRun(
+        tape, plan, stepper, final, course.losses, course.norms, course.gradient_median, begin, token_losses
+    )
 
 
 def weights_of(weights_N: Tensor, rows: slice | Tensor) -> Tensor:

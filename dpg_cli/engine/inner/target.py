@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpg_cli.engine.inner.attention.served import in_slabs
-from dpg_cli.engine.inner.head import Head, find_head, first_order
+from dpg_cli.engine.inner.head import Head, find_head, first_order, losses_of
 from dpg_cli.engine.inner.packing import pack, unpack
 from dpg_cli.engine.inner.prepare import uncompiled
 from dpg_cli.engine.inner.product import PlainMode, Precision
@@ -62,7 +62,7 @@ class TargetRun:
     closed_head: bool = True
     precision: Precision = "float32"
     ranks: Ranks = ALONE
-    second_order: Literal["dual", "double", "difference"] = "dual"
+    second_order: Literal["dual", "double", "difference", "one-sided"] = "dual"
     masked: bool = False
     wide: bool = False
     packing: bool = False
@@ -78,7 +78,7 @@ class TargetRun:
     @property
     def as_it_runs(self) -> bool:
         """The model runs as its user runs it: nothing in it is replaced, and it carries θ as its own parameters."""
-        return self.second_order == "difference"
+        return self.second_order in ("difference", "one-sided")
 
     @property
     def slabs(self) -> bool:
@@ -115,6 +115,10 @@ class TargetRun:
         """Rows of a micro-batch, at most, of a batch of so many."""
         automatic = max(1, CPU_TOKENS // length) if device.type == "cpu" else rows
         return min(rows, self.micro_batch or automatic)
+
+    def still(self, theta: Tensor) -> dict[str, Tensor]:
+        """Views of θ by name that ask for no gradient."""
+        return {name: nn.Parameter(view, requires_grad=False) for name, view in self.space.views(theta).items()}
 
     def leaves(self, theta: Tensor, into: Tensor | None) -> dict[str, Tensor]:
         """Views of θ by name to differentiate by; their gradients are added to `into` in place (None: no gradients)."""
@@ -192,6 +196,10 @@ class Labelled:
         """The distributions, where they are what is trained on."""
         return self.expected if self.expected is not None and self.expected.train else None
 
+    def spread(self, value_M: Tensor, like_B_S: Tensor) -> Tensor:
+        """Numbers of these tokens in the piece's shape, zero elsewhere."""
+        return value_M.new_zeros(like_B_S.numel()).index_copy_(0, self.before_M + 1, value_M).view(like_B_S.shape)
+
     @classmethod
     def of(cls, piece: Examples, weights_B: Tensor, scale: float) -> Labelled:
         """Flatten the piece's labels.
@@ -219,8 +227,9 @@ def backward(outputs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) ->
 
 
 def loss_gradient(
-    run: TargetRun, theta: Tensor, batch: Examples, weights_B: Tensor, remembered: Remembered | None = None
-) -> tuple[Tensor, float]:
+    run: TargetRun, theta: Tensor, batch: Examples, weights_B: Tensor, remembered: Remembered | None = None,
+    losses_into: Tensor | None = None, need_gradient: bool = True,
+) -> tuple[Tensor, float]:  # fmt: skip
     """g = ∇_θ Σ_i w_i Σ_s mask_is ℓ_is / Z, and the loss itself.
 
     Args:
@@ -229,35 +238,54 @@ def loss_gradient(
         batch: one inner batch.
         weights_B: data weights.
         remembered: takes products that a dual pass over this batch at this θ can use.
+        losses_into: (B, S), float64; takes ℓ_is of the labelled tokens of this rank's rows.
+        need_gradient: else only these are made, forwards, and g and the loss are zero.
 
     Returns:
         The gradient, shape (n,), and the weighted loss; both of the whole batch.
     """
-    total = torch.zeros_like(theta)
-    leaves = run.leaves(theta, total)
+    total = torch.zeros_like(theta) if need_gradient else theta.new_zeros(0)
+    leaves = run.leaves(theta, total) if need_gradient else run.still(theta)
     loss_sum = 0.0
     scale = 1.0 / run.normalizer(batch)
+    whole, batch = batch, run.arranged(batch)
+    losses = None if losses_into is None else losses_into.new_zeros(batch.ids_N_S.shape)
     with fused_activations(run.model), carrying(run.model, leaves if run.as_it_runs else {}):
-        for rows, piece in run.pieces(run.arranged(batch)):
+        for rows, piece in run.pieces(batch):
+            own = None if losses is None else losses[rows, : piece.ids_N_S.shape[1]]
             made = None if remembered is None else remembered.add()
             if run.head is None:
-                loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made)
+                loss_sum += _plain_gradient(run, leaves, piece, weights_B[rows], scale, made, own)
                 continue
             tokens = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
-            with in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs), torch.enable_grad(), _maps(run, made):
+            slabs = in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs)
+            with slabs, torch.set_grad_enabled(need_gradient), _maps(run, made):
                 hidden = hidden_of(run.head, {} if run.as_it_runs else leaves, piece, run.masked)
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             weight, bias = run.head.parameters(leaves)
+            q = None if tokens.trained is None else tokens.trained.q
+            if not need_gradient:
+                assert own is not None
+                at = None if bias is None else bias.detach()
+                own.copy_(tokens.spread(losses_of(flat[tokens.before_M], weight.detach(), at, tokens.ids_M, q), own))
+                continue
+            each = None if own is None else own.new_empty(len(tokens.ids_M))
             loss, bar = first_order(
                 flat[tokens.before_M], weight.detach(), None if bias is None else bias.detach(), tokens.ids_M,
                 tokens.weighted_M, weight.grad, None if bias is None else bias.grad,
-                None if tokens.trained is None else tokens.trained.q,
+                q, each,
             )  # fmt: skip
+            if own is not None and each is not None:
+                own.copy_(tokens.spread(each, own))
             loss_sum += loss
             if made is not None:
                 made.keep_hidden_bar(bar)
             hidden_bar = torch.zeros_like(flat).index_copy_(0, tokens.before_M, bar).view_as(hidden)
             backward([(hidden, hidden_bar)], leaves)
+    if losses is not None and losses_into is not None:
+        losses_into.copy_(losses if batch.layout is None else unpack(losses, batch, whole))
+    if not need_gradient:
+        return total, 0.0
     return run.ranks.sum_(total), run.ranks.total(loss_sum)
 
 
@@ -267,20 +295,26 @@ def _maps(run: TargetRun, made: Piece | None) -> AbstractContextManager[object]:
 
 
 def _plain_gradient(
-    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None
-) -> float:
-    """The same through the model's own logits."""
+    run: TargetRun, leaves: dict[str, Tensor], piece: Examples, weights_B: Tensor, scale: float, made: Piece | None,
+    losses_into: Tensor | None = None,
+) -> float:  # fmt: skip
+    """The same through the model's own logits; `losses_into` is (B, S)."""
     with in_slabs(run.model, piece.ids_N_S.shape[1], run.slabs), torch.enable_grad(), _maps(run, made):
         logits = logits_of(run.model, {} if run.as_it_runs else leaves, piece, run.masked)
         marked = Labelled.of(piece, weights_B, scale)
         if marked.trained is not None:
             found = nn.functional.pad(logits, (0, 0, 0, 1)).flatten(0, 1)[marked.before_M]
             q = marked.trained.q(slice(None))
-            loss = nn.functional.cross_entropy(found, q, reduction="none") @ marked.weighted_M
+            each = nn.functional.cross_entropy(found, q, reduction="none")
+            loss = each @ marked.weighted_M
+            if losses_into is not None:
+                losses_into.copy_(marked.spread(each.detach().to(losses_into), losses_into))
         else:
             labels = piece.ids_N_S[:, 1:].masked_fill(~piece.label_N_S[:, 1:], -100)
             losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
             loss = (losses.sum(1) * weights_B).sum() * scale
+            if losses_into is not None:
+                losses_into[:, 1:] = losses.detach()
     backward([(loss, torch.ones_like(loss))], leaves)
     return float(loss.detach())
 

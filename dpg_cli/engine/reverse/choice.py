@@ -1,7 +1,9 @@
 """Second order exactly or by differences: which of them an inner run takes, and what `auto` goes by.
 
 exact         the dual pass, or the double backward where there is no forward derivative (`selfcheck.py`)
-difference    ordinary passes at θ ± ε ḡ (`difference.py`), of the model as its user runs it
+difference    ordinary passes at θ ± ε ḡ (`differences/central.py`), of the model as its user runs it
+one-sided     one at θ + ε ḡ, beside the inner run's own (`differences/one_sided.py`): half the passes, an error some ten times
+              larger
 auto          exact, unless the model is refused there or its activations do not fit in the memory that is free
 """
 
@@ -19,13 +21,14 @@ from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.differences.uncut import uncut
 from dpg_cli.engine.reverse.forms.attention import LONG
 from dpg_cli.engine.reverse.selfcheck import Finding, selfcheck
-from dpg_cli.engine.reverse.uncut import uncut
 from dpg_cli.errors import BadValueError, UsageError
 
-SecondOrder = Literal["exact", "difference", "auto"]
-WAYS: tuple[SecondOrder, ...] = ("exact", "difference", "auto")
+SecondOrder = Literal["exact", "difference", "one-sided", "auto"]
+Taken = Literal["exact", "difference", "one-sided"]
+WAYS: tuple[SecondOrder, ...] = ("exact", "difference", "one-sided", "auto")
 
 
 def check_model(run: TargetRun, examples: Examples, *, need_hvp: bool) -> Finding:
@@ -37,7 +40,7 @@ def check_model(run: TargetRun, examples: Examples, *, need_hvp: bool) -> Findin
     return uncut(run, examples) if run.as_it_runs else selfcheck(run, examples, need_hvp=need_hvp)
 
 
-def by_differences(
+def chosen(
     asked: SecondOrder,
     recipe: Recipe,
     model: nn.Module,
@@ -46,8 +49,8 @@ def by_differences(
     micro_batch: int,
     batch: int,
     ranks: Ranks,
-) -> tuple[bool, str]:
-    """Whether the run takes differences, and what `auto` has to say about it.
+) -> tuple[Taken, str]:
+    """What the run takes, and what `auto` has to say about it.
 
     Args:
         asked: the setting.
@@ -63,13 +66,15 @@ def by_differences(
     """
     if asked not in WAYS:
         raise BadValueError(f"second_order = {asked!r} is no choice.", f"It takes {', '.join(WAYS)}.")
-    if asked == "difference" and recipe.precision != "float32":
+    if asked in ("difference", "one-sided") and recipe.precision != "float32":
         raise UsageError(
             "Differences are taken in float32: bf16 rounds away what they are made of.",
             "Set inner.precision = 'float32', or second_order = 'exact'.",
         )
-    if asked != "auto" or recipe.precision != "float32":
-        return asked == "difference", ""
+    if asked != "auto":
+        return asked, ""
+    if recipe.precision != "float32":
+        return "exact", ""
     reason = ""
     try:
         with recipe.prepared(model) as (target, _):
@@ -81,18 +86,22 @@ def by_differences(
     except UsageError as refusal:
         reason = refusal.cause.rstrip(".")
     reason = ranks.agreed(reason)
-    return bool(reason), f"Second order by differences: {reason}." if reason else "Second order is exact."
+    if reason:
+        return "difference", f"Second order by differences: {reason}."
+    return "exact", "Second order is exact."
 
 
 def may_differ(asked: SecondOrder, recipe: Recipe) -> bool:
     """Whether a run with this setting may take differences."""
-    return asked == "difference" or (asked == "auto" and recipe.precision == "float32")
+    return asked in ("difference", "one-sided") or (asked == "auto" and recipe.precision == "float32")
 
 
 def remedy(asked: SecondOrder) -> str:
     """What to do where differences are refused."""
     if asked == "auto":
         return "Take another variant of the model, a smaller micro-batch or shorter examples."
+    if asked == "one-sided":
+        return "Set second_order = 'difference', which is nearer, or 'exact', which has no steps."
     return "Set second_order = 'exact', which has no steps."
 
 

@@ -29,7 +29,7 @@ from dpg_cli.engine.reverse.dual_pass import dual_pass
 from dpg_cli.engine.reverse.reading import ROWS, TOKENS, TRIES, Unwritten, look, needs_mask, needs_width
 from dpg_cli.errors import UsageError
 
-Pass = Literal["dual", "double", "difference"]
+Pass = Literal["dual", "double", "difference", "one-sided"]
 WIDE = "Rows keep the width of their batch: this model reads a row otherwise where it is longer."
 SMALL = 1 << 26  # parameters up to which the Hessian-vector products are compared: two more vectors of their number
 FIRST = {torch.float32: 1e-3, torch.float64: 1e-5}  # relative errors that are rounding

@@ -24,14 +24,16 @@ from torch import Tensor
 from dpg_cli.engine.detect import regime
 from dpg_cli.engine.inner.journal import Backward, Journal
 from dpg_cli.engine.inner.optimizers import State, no_vector
+from dpg_cli.engine.inner.recipe.clipping import coefficient
 from dpg_cli.engine.inner.recipe.stepper import Stepper
 from dpg_cli.engine.inner.remembered import Remembered
 from dpg_cli.engine.inner.run import InnerRun, Progress, all_finite, weights_of
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.differences.one_sided import Base
+from dpg_cli.engine.reverse.differences.stepping import Differences
 from dpg_cli.engine.reverse.double_pass import double_pass
 from dpg_cli.engine.reverse.dual_pass import DualResult, dual_pass
-from dpg_cli.engine.reverse.stepping import Differences
 from dpg_cli.engine.soft import LabelFactors, LabelSink, StepFactors
 from dpg_cli.errors import DegenerateError
 
@@ -112,6 +114,7 @@ def reverse(
         bar.theta.mul_(shares[-1])
     stats: dict[str, float] = {}
     differences = [Differences(run, remedy) for _ in range(queries)] if run.as_it_runs else []
+    beside = run.second_order == "one-sided"
     for one, state in zip(differences, point.differences, strict=False):
         one.go_on(state)
     left = total if point.left < 0 else point.left
@@ -134,13 +137,17 @@ def reverse(
             last = query == queries - 1
             grad_bar, bar = stepper.adjoint(
                 bars[query], before, grad, trace.norms[place], number, consume=True, first=place == 0,
-                grad_into=None if last else torch.empty_like(grad),
+                grad_into=None if last and not beside else torch.empty_like(grad),
             )  # fmt: skip
             bars[query] = bar
             theta = before.theta
+            base: dict[str, Any] = {}
+            if beside:
+                clip = coefficient(trace.norms[place], stepper.limit)
+                base["base"] = Base(trace.token_losses.get(number), grad if place else None, clip)
             if last:
-                before = State(theta, theta.new_empty(0), theta.new_empty(0))
                 del grad
+                before = State(theta, theta.new_empty(0), theta.new_empty(0))
             if remembered is not None and queries > 1 and (query or not remembered.room.recording):
                 remembered.rewind(shared=not last)
             dual = (differences[query] if differences else partial(second_pass, run))(
@@ -153,7 +160,9 @@ def reverse(
                 hvp_into=bar.theta if place else None,
                 remembered=remembered,
                 sink=sink,
+                **base,
             )
+            base.clear()
             if pulls and place:
                 bar.theta.add_(pulls[query], alpha=shares[number - 1])
             if last:
@@ -175,6 +184,7 @@ def reverse(
                     every = tokens.new_zeros(*tokens.shape[1:], made.shape[-1])
                 add_rows(every[:, :width], rows, made)
             del dual, made
+        trace.token_losses.pop(number, None)
         if errors:
             stats["precision_error"] = max(errors)
         if visits:

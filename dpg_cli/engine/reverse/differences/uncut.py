@@ -23,10 +23,10 @@ from dpg_cli.engine.inner.target import Labelled, TargetRun, logits_of, loss_gra
 from dpg_cli.engine.params import carrying
 from dpg_cli.engine.ranks import ALONE
 from dpg_cli.engine.records import Examples
+from dpg_cli.engine.reverse.differences.stepping import Differences
 from dpg_cli.engine.reverse.double_pass import logits_bar
 from dpg_cli.engine.reverse.reading import ROWS, Unwritten, look, needs_mask, needs_width
 from dpg_cli.engine.reverse.selfcheck import FIRST, Finding, small_pieces
-from dpg_cli.engine.reverse.stepping import Differences
 from dpg_cli.errors import DegenerateError, UsageError
 
 SLOPE = {torch.float32: 1e-2, torch.float64: 1e-5}
@@ -42,7 +42,7 @@ def uncut(run: TargetRun, examples: Examples) -> Finding:
         UsageError: if differences of this model's passes are not the derivative of its training.
     """
     dtype = next(parameter.dtype for parameter in run.model.parameters() if parameter.requires_grad)
-    key = (dtype, run.space.size, tuple(type(module) for module in run.model.modules()))
+    key = (dtype, run.space.size, run.second_order, tuple(type(module) for module in run.model.modules()))
     known = _known.setdefault(run.model, {})
     if key not in known:
         with torch.enable_grad(), uncompiled(run.model):
@@ -52,7 +52,7 @@ def uncut(run: TargetRun, examples: Examples) -> Finding:
 
 def _check(run: TargetRun, examples: Examples) -> Finding:
     theta, pieces = run.space.read(run.model), small_pieces(run.model, examples)
-    finding = Finding("difference")
+    finding = Finding(run.second_order)
     if not pieces:
         return finding
     finding = replace(finding, masked=needs_mask(run, theta, examples))

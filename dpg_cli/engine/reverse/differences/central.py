@@ -60,11 +60,13 @@ def difference_pass(
     need_labels: bool | Literal["factors"],
     hvp_into: Tensor | None = None,
     sink: LabelSink | None = None,
+    one_sided: bool = False,
 ) -> Differenced:
     """What `dual_pass` gives, by central differences; its arguments are the same but for one.
 
     Args:
         epsilon: ε, the step along the direction.
+        one_sided: h at θ stands for h₋, and `hvp` has g₊ / ε alone, from which g / ε is yet to be taken.
     """
     scale, whole = 1.0 / run.normalizer(batch), batch
     batch = run.arranged(batch)
@@ -79,10 +81,11 @@ def difference_pass(
     for rows, piece in run.pieces(batch):
         marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
         found = []
-        for sign in (1, -1):
-            torch.add(theta, direction, alpha=sign * epsilon, out=side)
-            found.append(_side(run, side, hvp, piece, marked, direction, sign * epsilon))
-        middle, tangent = (found[0] + found[1]) / 2, (found[0] - found[1]) / (2 * epsilon)
+        for shift, into in ((epsilon, hvp), (0.0, None)) if one_sided else ((epsilon, hvp), (-epsilon, hvp)):
+            torch.add(theta, direction, alpha=shift, out=side)
+            found.append(_side(run, side, into, piece, marked, direction, shift, 1.0 if one_sided else 0.5))
+        middle = found[1] if one_sided else (found[0] + found[1]) / 2
+        tangent = (found[0] - found[1]) / (epsilon if one_sided else 2 * epsilon)
         del found
         size = tangent.shape[-1] if head is None else head.layer.out_features
         if need_labels is True and every is None:
@@ -102,8 +105,8 @@ def difference_pass(
                 factored = factors_into(factored, middle, tangent, marked, batch, rows, width)
             credit_M = _credits(run, theta, direction, middle, tangent, marked, piece, piece_every, sink)
             own_M = _movement(middle, tangent, epsilon)
-            token_to.copy_(_spread(credit_M, marked, token_to))
-            own = _spread(own_M, marked, token_to)
+            token_to.copy_(marked.spread(credit_M, token_to))
+            own = marked.spread(own_M, token_to)
         moved[rows, :width] = own.hypot(token_to * (epsilon / scale))
     if hvp is not None and hvp is not hvp_into:
         run.ranks.sum_(hvp)
@@ -115,10 +118,6 @@ def difference_pass(
     return Differenced(tokens, every, hvp, factored, moved_B_S=moved)
 
 
-def _spread(value_M: Tensor, marked: Labelled, like: Tensor) -> Tensor:
-    return value_M.new_zeros(like.numel()).index_copy_(0, marked.before_M + 1, value_M).view(like.shape)
-
-
 def _movement(middle: Tensor, tangent: Tensor, epsilon: float) -> Tensor:
     """|ε ḣ| / |h| along the last axis."""
     length = torch.linalg.vector_norm(middle, dim=-1)
@@ -126,22 +125,19 @@ def _movement(middle: Tensor, tangent: Tensor, epsilon: float) -> Tensor:
 
 
 def _side(
-    run: TargetRun, theta: Tensor, hvp: Tensor | None, piece: Examples, marked: Labelled, direction: Tensor, shift: float
+    run: TargetRun, theta: Tensor, hvp: Tensor | None, piece: Examples, marked: Labelled, direction: Tensor, shift: float,
+    share: float,
 ) -> Tensor:  # fmt: skip
     """At θ + shift · d: the hidden states that predict labels, (M, D), or all logits, (B, S - 1, V).
 
-    The gradient over 2 shift is added to `hvp`.
+    The gradient times share / shift is added to `hvp`.
     """
-    if hvp is None:
-        values = run.leaves(theta, None)
-        leaves: dict[str, Tensor] = {name: nn.Parameter(view, requires_grad=False) for name, view in values.items()}
-    else:
-        leaves = run.leaves(theta, hvp)
+    leaves = run.still(theta) if hvp is None else run.leaves(theta, hvp)
     with torch.set_grad_enabled(hvp is not None), as_it_runs(run, leaves, piece, direction, shift):
         if run.head is None:
             logits = logits_of(run.model, {}, piece, run.masked)
             if hvp is not None:
-                bar = logits_bar(logits.detach(), piece, marked).mul_(0.5 / shift)
+                bar = logits_bar(logits.detach(), piece, marked).mul_(share / shift)
                 backward([(logits, bar)], leaves)
             return logits.detach()
         hidden = hidden_of(run.head, {}, piece, run.masked)
@@ -151,7 +147,7 @@ def _side(
             weight, bias = run.head.parameters(leaves)
             _, bar = first_order(
                 before, weight.detach(), None if bias is None else bias.detach(), marked.ids_M,
-                marked.weighted_M * (0.5 / shift), weight.grad, None if bias is None else bias.grad,
+                marked.weighted_M * (share / shift), weight.grad, None if bias is None else bias.grad,
                 None if marked.trained is None else marked.trained.q,
             )  # fmt: skip
             hidden_bar = torch.zeros_like(flat).index_copy_(0, marked.before_M, bar).view_as(hidden)
@@ -167,13 +163,18 @@ def as_it_runs(
     with ExitStack() as stack:
         stack.enter_context(fused_activations(run.model))
         stack.enter_context(carrying(run.model, leaves))
-        padding = {module.padding_idx for module in run.model.modules() if isinstance(module, nn.Embedding)}
-        real = piece.ids_N_S[piece.attention_N_S]
-        if any(bool(torch.eq(real, number).any()) for number in padding if number is not None):
+        if reads_padding(run, piece):
             ways = run.space.views(direction)
             stack.enter_context(WholeEmbeddings({id(leaf): ways[name] for name, leaf in leaves.items()}, shift))
             stack.enter_context(uncompiled(run.model))
         yield
+
+
+def reads_padding(run: TargetRun, piece: Examples) -> bool:
+    """Whether tokens of these rows are read from a row of an embedding that has no gradient."""
+    padding = {module.padding_idx for module in run.model.modules() if isinstance(module, nn.Embedding)}
+    real = piece.ids_N_S[piece.attention_N_S]
+    return any(bool(torch.eq(real, number).any()) for number in padding if number is not None)
 
 
 class WholeEmbeddings(TorchFunctionMode):

@@ -12,36 +12,42 @@ D(4ε), D(ε) and D(ε/4) of credits and of the Hessian-vector product. From
 follow truncation T and rounding R at ε: the error is √(T² + R²), and least at ε (R² / 2T²)^⅙, by which `aim` is mended. Steps
 between take T ~ m² and R ~ 1 / m from there, with the m of all their rows (for R of all tokens alike).
 
+One-sided differences (`one_sided.py`) have T ~ m: then `aim` begins at η^½, the first differences are (3 T)² and (3/4 T)², and
+the error is least at ε (R² / T²)^¼. Their m is |ε ℓ̇|, and they are checked on a sixteenth of the rows.
+
 The error of all credits adds up, over inner steps by the size of their credits: what each one's differences err, and what the
 Hessian-vector products of those walked before it erred, by the size of θ̄. Source: DESIGN §7.
 
 A model that jumps (a gate at a tie) moves a prediction as far for a short step as for a long one: where predictions moved by
-more than `JUMP`, their credits count as wrong.
+more than `JUMP`, their credits count as wrong; where a step a hundred times shorter than one that did still moves some so far,
+that is enough.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.records import Examples
-from dpg_cli.engine.reverse.difference import Differenced, difference_pass
+from dpg_cli.engine.reverse.differences.central import Differenced, difference_pass
+from dpg_cli.engine.reverse.differences.one_sided import Base, one_sided_pass
 from dpg_cli.engine.reverse.dual_pass import DualResult
 from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
 WORST = 0.05  # relative error of token credits, beyond which differences are refused
-FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4
+FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4 (one-sided: on 1/16)
 TOKENS = 64  # labels, at least, that either is measured on
 BEGIN = 1e-3  # of |θ|: the first step tried, in float32
 TRIES = 5
 AGAIN = 3  # times that a batch may be passed, where some of its rows went much further than those measured
-JUMP = 0.1
+JUMP = {2: 0.1, 1: 0.01}  # by the order of the differences
+JUMPS = "a short step moves its predictions far: it has jumps (a router at a tie, rounding within), or is very curved"
 WIDE = 4.0  # the factor between the three steps of a check
 
 
@@ -51,14 +57,17 @@ class Errors:
 
     Attributes:
         truncation, rounding: T² and R².
+        order: T goes by this power of the step: 2 to both sides, 1 to one.
     """
 
     truncation: float
     rounding: float
+    order: int = 2
 
     def scaled(self, factor: float, least: float = 0.0) -> Errors:
         """Those at ε times a factor; or where predictions that count moved so much further, and all of them by `least`."""
-        return Errors(self.truncation * factor**4, self.rounding / (least or factor) ** 2)
+        truncation = self.truncation * factor ** (2 * self.order)
+        return Errors(truncation, self.rounding / (least or factor) ** 2, self.order)
 
     def at(self, factor: float) -> float:
         """The relative error at ε times a factor."""
@@ -66,26 +75,27 @@ class Errors:
         return math.sqrt(there.truncation + there.rounding)
 
     def __add__(self, other: Errors) -> Errors:
-        return Errors(self.truncation + other.truncation, self.rounding + other.rounding)
+        return Errors(self.truncation + other.truncation, self.rounding + other.rounding, self.order)
 
     @property
     def best(self) -> float:
         """The factor at which the error is least, within the steps that were tried."""
         if not self.rounding > 0 or not self.truncation > 0:
             return 1.0 if self.rounding == self.truncation else WIDE if self.rounding > 0 else 1 / WIDE
-        return min(max((self.rounding / (2 * self.truncation)) ** (1 / 6), 1 / WIDE), WIDE)
+        best = (self.rounding / (self.order * self.truncation)) ** (1 / (2 * self.order + 2))
+        return min(max(best, 1 / WIDE), WIDE)
 
     @classmethod
-    def of(cls, wide: float, narrow: float, size: float) -> Errors:
+    def of(cls, wide: float, narrow: float, size: float, order: int = 2) -> Errors:
         """From |D(4ε) - D(ε)|², |D(ε) - D(ε/4)|² and |D(ε)|²."""
         if not size > 0:
-            return cls(0.0, 0.0)
-        up, down = (WIDE**2 - 1) ** 2, (1 - WIDE**-2) ** 2
+            return cls(0.0, 0.0, order)
+        up, down = (WIDE**order - 1) ** 2, (1 - WIDE**-order) ** 2
         truncation = max(0.0, ((1 + WIDE**2) * wide - (1 + WIDE**-2) * narrow)) / (
             (1 + WIDE**2) * up - (1 + WIDE**-2) * down
         )
         rounding = max(0.0, narrow - down * truncation) / (1 + WIDE**2)
-        return cls(truncation / size, rounding / size)
+        return cls(truncation / size, rounding / size, order)
 
 
 @dataclass
@@ -105,12 +115,30 @@ class Differences:
     aim: float = 0.0
     _length: float = 0.0  # ε |ḡ| of the step before
     # relative errors of an inner step's credits and Hessian-vector product, as they were checked last
-    _credits: Errors = field(default_factory=lambda: Errors(0.0, 0.0))
-    _product: Errors = field(default_factory=lambda: Errors(0.0, 0.0))
+    _credits: Errors = field(init=False)
+    _product: Errors = field(init=False)
     _reference: tuple[float, float] = (0.0, 0.0)  # m of the rows that were checked, see `_moved`
     _carried: float = 0.0  # square of what all products so far did to θ̄
     _wrong: float = 0.0  # squares of the errors of credits, and of credits
     _all: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._credits = self._product = Errors(0.0, 0.0, self.order)
+
+    @property
+    def order(self) -> int:
+        """The power of the step that truncation goes by."""
+        return 1 if self.run.second_order == "one-sided" else 2
+
+    def _differ(
+        self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, base: Base, *,
+        need_hvp: bool, need_labels: bool | Literal["factors"] = False, sink: LabelSink | None = None,
+    ) -> Differenced:  # fmt: skip
+        """Differences of one step."""
+        options: dict[str, Any] = {"need_hvp": need_hvp, "need_labels": need_labels, "sink": sink}
+        if self.order == 1:
+            return one_sided_pass(self.run, theta, direction, batch, weights_B, epsilon, base, **options)
+        return difference_pass(self.run, theta, direction, batch, weights_B, epsilon, **options)
 
     def __call__(
         self,
@@ -124,8 +152,12 @@ class Differences:
         hvp_into: Tensor | None = None,
         remembered: object = None,
         sink: LabelSink | None = None,
+        base: Base | None = None,
     ) -> DualResult:
         """See `dual_pass`, of which `remembered` is not used; the inner steps come from the last to the first.
+
+        Args:
+            base: what the inner run knows of the batch, for one-sided differences.
 
         Raises:
             DegenerateError: if the credits err by more than `WORST`.
@@ -139,11 +171,15 @@ class Differences:
             )
             hvp = torch.zeros_like(theta) if need_hvp else None
             return DualResult(result.token_B_S, result.label_B_S_V, hvp, result.factor_B_S_2D)
-        self.aim = self.aim or torch.finfo(theta.dtype).eps ** (1 / 3)
-        epsilon = self._epsilon(theta, direction, length, batch, weights_B)
+        self.aim = self.aim or torch.finfo(theta.dtype).eps ** (1 / (1 + self.order))
+        base = base or Base()
+        if self.order == 1:
+            labels = bool(need_labels) or sink is not None
+            base = base.known(run, theta, batch, weights_B, need_grad=need_hvp, need_losses=not labels)
+        epsilon = self._epsilon(theta, direction, length, batch, weights_B, base)
         if _checked(number) or not need_hvp:
-            epsilon = self._check(theta, direction, batch, weights_B, epsilon, need_hvp)
-        found, epsilon = self._pass(theta, direction, batch, weights_B, epsilon, need_hvp, need_labels, sink)
+            epsilon = self._check(theta, direction, batch, weights_B, epsilon, need_hvp, base)
+        found, epsilon = self._pass(theta, direction, batch, weights_B, epsilon, need_hvp, need_labels, sink, base)
         self._length = epsilon * length
         hvp, moved = found.hvp, self._further(found)
         jumped, size = self._account(found, self._credits.scaled(*moved))
@@ -157,17 +193,17 @@ class Differences:
 
     def _pass(
         self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool,
-        need_labels: bool | Literal["factors"], sink: LabelSink | None,
+        need_labels: bool | Literal["factors"], sink: LabelSink | None, base: Base,
     ) -> tuple[Differenced, float]:  # fmt: skip
         """All rows, and ε; again where that makes it much better, since some went much further than those measured."""
         for _ in range(AGAIN):
-            found = difference_pass(
-                self.run,
+            found = self._differ(
                 theta,
                 direction,
                 batch,
                 weights_B,
                 epsilon,
+                base,
                 need_hvp=need_hvp,
                 need_labels=need_labels,
                 sink=sink,
@@ -197,42 +233,54 @@ class Differences:
         """Go on where another process was."""
         walked, self.aim, self._length, first, second, self._carried, self._wrong, self._all, *errors = state
         self.walked, self._reference = int(walked), (first, second)
-        self._credits, self._product = Errors(*errors[:2]), Errors(*errors[2:])
+        self._credits, self._product = (Errors(errors[at], errors[at + 1], self.order) for at in (0, 2))
 
     @property
     def error(self) -> float:
         """The estimated relative error of all token credits so far."""
         return math.sqrt(self._wrong / self._all) if self._all > 0 else 0.0
 
-    def _rows(self, batch: Examples, weights_B: Tensor, share: int, turn: int) -> tuple[Examples, Tensor]:
-        """A share of the batch's rows with at least `TOKENS` labels, others at each turn."""
+    def _rows(
+        self, batch: Examples, weights_B: Tensor, share: int, turn: int, base: Base
+    ) -> tuple[Examples, Tensor, Base]:
+        """A share of the batch's rows with at least `TOKENS` labels, others at each turn, and what is known of them."""
         needed = TOKENS * len(batch) // max(1, int(batch.label_N_S.sum()))
         count = min(len(batch), max(1, len(batch) // share, needed))
         start = min(turn * count % len(batch), len(batch) - count)
-        return batch.rows(start, start + count), weights_B[start : start + count]
+        some = batch.rows(start, start + count)
+        return some, weights_B[start : start + count], base.rows(start, start + count, some.ids_N_S.shape[1])
 
     def _moved(self, found: Differenced) -> tuple[float, float]:
-        """m of some rows: (Σ τ² m⁴ / Σ τ²)^¼, what truncation goes by, and the root mean square."""
+        """m of some rows: (Σ τ² m⁴ / Σ τ²)^¼, what truncation goes by (one-sided: with m², ^½), and the root mean square."""
         credits, moved = found.token_B_S.double(), found.moved_B_S.double()
         sums = (
             credits.square().sum(),
-            (credits * moved.square()).square().sum(),
+            (credits * moved**self.order).square().sum(),
             (moved > 0).sum(),
             moved.square().sum(),
         )
         size, total, count, plain = (self.run.ranks.total(float(each)) for each in sums)
-        return (total / size) ** 0.25 if size > 0 else 0.0, math.sqrt(plain / count) if count else 0.0
+        return (total / size) ** (0.5 / self.order) if size > 0 else 0.0, math.sqrt(plain / count) if count else 0.0
 
-    def _epsilon(self, theta: Tensor, direction: Tensor, length: float, batch: Examples, weights_B: Tensor) -> float:
+    def _epsilon(
+        self, theta: Tensor, direction: Tensor, length: float, batch: Examples, weights_B: Tensor, base: Base
+    ) -> float:
         """The step that moves predictions by `aim`."""
-        some, weights = self._rows(batch, weights_B, FEW, self.walked)
+        some, weights, known = self._rows(batch, weights_B, FEW, self.walked, base)
+        if self.order == 1:
+            known = known.known(self.run, theta, some, weights, need_grad=False, need_losses=True)
         step = self._length / length
         if not step:
             own = float(torch.linalg.vector_norm(theta)) or 1.0
             step = BEGIN * own / length * self.aim / torch.finfo(torch.float32).eps ** (1 / 3)
+        far = 0.0  # the shortest step that moved predictions by a jump
         for _ in range(TRIES):
-            found = difference_pass(self.run, theta, direction, some, weights, step, need_hvp=False, need_labels=False)
+            found = self._differ(theta, direction, some, weights, step, known, need_hvp=False)
             moved, _ = self._moved(found)
+            if JUMP[self.order] < moved < math.inf:
+                if step * 100 < far:
+                    raise self._refusal(JUMPS)
+                far = step
             if not moved < math.inf:
                 step /= 100
                 continue
@@ -243,12 +291,15 @@ class Differences:
         return step
 
     def _check(
-        self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool
-    ) -> float:
+        self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool,
+        base: Base,
+    ) -> float:  # fmt: skip
         """Measure the errors of a step, and mend it."""
-        some, weights = self._rows(batch, weights_B, QUARTER, self.walked)
+        some, weights, known = self._rows(batch, weights_B, FEW if self.order == 1 else QUARTER, self.walked, base)
+        if self.order == 1:
+            known = known.known(self.run, theta, some, weights, need_grad=need_hvp, need_losses=True)
         for _ in range(2):
-            credits, product = self._errors(theta, direction, some, weights, epsilon, need_hvp)
+            credits, product = self._errors(theta, direction, some, weights, epsilon, need_hvp, known)
             both = credits + product
             factor = both.best
             if both.at(factor) > 0.5 * both.at(1.0):  # near enough
@@ -264,15 +315,14 @@ class Differences:
         return epsilon
 
     def _errors(
-        self, theta: Tensor, direction: Tensor, some: Examples, weights: Tensor, epsilon: float, need_hvp: bool
-    ) -> tuple[Errors, Errors]:
+        self, theta: Tensor, direction: Tensor, some: Examples, weights: Tensor, epsilon: float, need_hvp: bool,
+        base: Base,
+    ) -> tuple[Errors, Errors]:  # fmt: skip
         """Of credits, and of the Hessian-vector product."""
         middle: DualResult | None = None
         sizes, found = [0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]]
         for turn, factor in enumerate((1.0, WIDE, 1 / WIDE)):
-            result = difference_pass(
-                self.run, theta, direction, some, weights, factor * epsilon, need_hvp=need_hvp, need_labels=False
-            )
+            result = self._differ(theta, direction, some, weights, factor * epsilon, base, need_hvp=need_hvp)
             if middle is None:
                 middle, self._reference = result, self._moved(result)
                 sizes = [self._square(result.token_B_S, True), 0.0 if result.hvp is None else self._square(result.hvp)]
@@ -280,7 +330,9 @@ class Differences:
             found[0][turn - 1] = self._square(result.token_B_S.sub_(middle.token_B_S), True)
             if result.hvp is not None and middle.hvp is not None:
                 found[1][turn - 1] = self._square(result.hvp.sub_(middle.hvp))
-        first, second = (Errors.of(wide, narrow, size) for (wide, narrow), size in zip(found, sizes, strict=True))
+        first, second = (
+            Errors.of(wide, narrow, size, self.order) for (wide, narrow), size in zip(found, sizes, strict=True)
+        )
         return first, second
 
     def _square(self, values: Tensor, shared: bool = False) -> float:
@@ -295,7 +347,7 @@ class Differences:
             errors: of the credits.
         """
         size = self._square(found.token_B_S, True)
-        jumped = self._square(found.token_B_S * (found.moved_B_S > JUMP), True)
+        jumped = self._square(found.token_B_S * (found.moved_B_S > JUMP[self.order]), True)
         self._all += size
         self._wrong += size * (errors.at(1.0) ** 2 + self._carried) + jumped
         return jumped, size
@@ -303,11 +355,14 @@ class Differences:
     def _refuse(self, jumped: float, size: float) -> None:
         cause = ""
         if jumped > WORST**2 * size:
-            cause = "a short step moves its predictions far: it has jumps (a router at a tie, rounding within), or is very curved"
+            cause = JUMPS
         elif not self.error <= WORST:
             cause = f"their credits are about {self.error:.0%} off"
         if cause:
-            raise DegenerateError(f"Differences of ordinary passes do not suit this target: {cause}.", self.remedy)
+            raise self._refusal(cause)
+
+    def _refusal(self, cause: str) -> DegenerateError:
+        return DegenerateError(f"Differences of ordinary passes do not suit this target: {cause}.", self.remedy)
 
 
 def _checked(number: int) -> bool:
