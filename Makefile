@@ -43,7 +43,8 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## time and memory of the metagradient, sampling, shares of a step (BERGSON=python of its environment)
-	$(BIN)/python benchmarks/metagradient.py $(if $(BERGSON),--bergson $(BERGSON))
+	$(BIN)/python benchmarks/metagradient.py --workloads W1,T1,W1-MoE $(if $(BERGSON),--bergson $(BERGSON))
+	$(BIN)/python benchmarks/lengths.py --lengths 512,1024,2048
 	$(BIN)/python benchmarks/memory.py --repeats 1
 	$(BIN)/python benchmarks/rollout.py
 

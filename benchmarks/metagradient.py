@@ -2,14 +2,15 @@
 
     python benchmarks/metagradient.py [--repeats 5] [--workloads W1,T1] [--bergson PYTHON] [--no-memory] [--json] [--out FILE] [--device cuda]
 
-Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8,
-ε_root 1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW.
-The floor counts matrix products: a plain step is 3F; the reverse costs 2F at t = 0 and 6F at every other step, since it
-takes 2F from the step itself. `difference` is our metagradient with its second order by differences (`second_order`): its time
-over plain, the error of its token credits against the exact ones and what it estimated of it, the rank correlation of the
-examples' credits. Ratios are medians over the repeats of the ratio within each. Peak memory is of a process
-of its own. PYTHON is one of an environment with bergson 0.26.1 in it; it then takes part in every repeat, and in float64
-its scores are compared with ours.
+Workloads: GPT-2 architecture from a random init, no dropout, random tokens, AdamW lr 1e-3, β (0.95, 0.975), ε 1e-8, ε_root
+1e-8, weight decay 0.01, metric = mean loss of one query batch. "Plain" is the same training by torch.optim.AdamW. The floor
+counts matrix products: a plain step is 3F; the reverse costs 2F at t = 0 and 6F at every other step, since it takes 2F from the
+step itself. `difference` and `one_sided` are our metagradient with its second order by differences (`second_order`): its time
+over plain, bergson's time over it, the error of its token credits against the exact ones and what it estimated of it, the rank
+correlation of the examples' credits. W1-MoE is W1 with a mixture of eight experts in place of each MLP (Mixtral), whose experts
+run by their own kernels with differences. Ratios are medians over the repeats of the ratio within each. Peak memory is of a
+process of its own. PYTHON is one of an environment with bergson 0.26.1 in it; it then takes part in every repeat, and in
+float64 its scores are compared with ours.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
@@ -45,6 +46,7 @@ from dpg_cli.engine.inner.head import find_head
 from dpg_cli.errors import DegenerateError
 from dpg_cli.metrics.text_loss import in_pieces, mean_loss
 
+DIFFERENCES = {"difference": "difference", "one_sided": "one-sided"}  # keys of a row, and `second_order`
 DEVICE = torch.device(os.environ.get("DPG_BENCH_DEVICE", "cpu"))  # --device, also for the processes that this starts
 STATES = "keep"  # --states
 SPEC = OptimizerSpec("adamw", lr=1e-3, beta1=0.95, beta2=0.975, eps=1e-8, eps_root=1e-8, weight_decay=0.01)
@@ -61,11 +63,13 @@ class Workload:
     length: int
     steps: int
     batch: int
+    experts: int = 0
 
 
 WORKLOADS = {
     "W1": Workload(128, 2, 4, 1024, 64, 8, 32),
     "W1-T32": Workload(128, 2, 4, 1024, 64, 32, 32),
+    "W1-MoE": Workload(128, 2, 4, 1024, 64, 8, 32, 8),
     "T1": Workload(128, 2, 4, 1024, 64, 1, 256),
     "T16": Workload(128, 2, 4, 1024, 64, 16, 32),
     "T256": Workload(128, 2, 4, 1024, 64, 256, 32),
@@ -105,9 +109,17 @@ def config_of(work: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build(work: Workload) -> GPT2LMHeadModel:
+def build(work: Workload) -> PreTrainedModel:
     """The target, always the same."""
     torch.manual_seed(0)
+    if work.experts:
+        config = MixtralConfig(
+            vocab_size=work.vocabulary, max_position_embeddings=work.length, hidden_size=work.width,
+            intermediate_size=2 * work.width, num_hidden_layers=work.layers, num_attention_heads=work.heads,
+            num_key_value_heads=work.heads, num_local_experts=work.experts, tie_word_embeddings=False,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return MixtralForCausalLM(config).eval()
     return GPT2LMHeadModel(GPT2Config(**config_of(work))).eval()
 
 
@@ -118,7 +130,7 @@ def tokens(work: Workload) -> tuple[Tensor, Tensor]:
     return train, torch.randint(0, work.vocabulary, (work.batch, work.length), generator=generator)
 
 
-def plain(model: GPT2LMHeadModel, work: Workload, ids: Tensor) -> None:
+def plain(model: PreTrainedModel, work: Workload, ids: Tensor) -> None:
     """Ordinary training."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=SPEC.lr, betas=(SPEC.beta1, SPEC.beta2), weight_decay=0.01)
     for start in range(0, len(ids), work.batch):
@@ -280,12 +292,17 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool, plain_bf
     """Medians of interleaved timings of one workload."""
     work, row = WORKLOADS[name], {"workload": name}
     local = Local(work)
-    times: dict[str, list[float]] = {"plain": [], "difference": [], "ours": [], "bergson": []}
+    times: dict[str, list[float]] = {"plain": [], "difference": [], "one_sided": [], "ours": [], "bergson": []}
+    near: dict[str, tuple[Tensor, Tensor, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        other = Bergson(bergson, work, Path(folder)) if bergson else None
+        other = Bergson(bergson, work, Path(folder)) if bergson and not work.experts else None
         for repeat in range(repeats + 1):
-            found = {"plain": local.plain(), "difference": local.ours(second_order="difference")}
-            near, near_tokens, stats = local.scores, local.tokens, local.stats
+            found = {"plain": local.plain()}
+            for key, way in DIFFERENCES.items():
+                found[key] = local.ours(second_order=way)
+                assert local.scores is not None
+                assert local.tokens is not None
+                near[key] = local.scores, local.tokens, local.stats
             found["ours"] = local.ours()
             if other is not None:
                 found["bergson"] = other.run()
@@ -301,13 +318,14 @@ def measure(name: str, repeats: int, bergson: str | None, memory: bool, plain_bf
             row["plain_bf16_s"] = local.plain(bf16=True)
         exact = local.scores
         assert exact is not None
-        assert near is not None
-        assert near_tokens is not None
         assert local.tokens is not None
-        row["difference_ratio"] = median_ratio(times["difference"], times["plain"])
-        row["difference_error"] = float((near_tokens - local.tokens).norm() / local.tokens.norm())
-        row["difference_estimate"] = stats["difference_error"]
-        row["difference_ranks"] = rank_correlation(near, exact)
+        for key, (scores, each, stats) in near.items():
+            row[f"{key}_ratio"] = median_ratio(times[key], times["plain"])
+            row[f"{key}_error"] = float((each - local.tokens).norm() / local.tokens.norm())
+            row[f"{key}_estimate"] = stats["difference_error"]
+            row[f"{key}_ranks"] = rank_correlation(scores, exact)
+            if other is not None:
+                row[f"{key}_speedup"] = median_ratio(times["bergson"], times[key])
         try:
             row["bf16_s"] = local.ours(precision="bf16")
             assert local.scores is not None
@@ -359,9 +377,14 @@ COLUMNS = {
     "ours_peak_mb": ("ours MB", "{:>8.0f}"), "bergson_s": ("bergson s", "{:>10.3f}"),
     "bergson_ratio": ("bergson/plain", "{:>14.2f}"), "speedup": ("bergson/ours", "{:>13.2f}"),
     "bergson_peak_mb": ("bergson MB", "{:>11.0f}"), "agreement_float32": ("difference", "{:>11.1e}"),
-    "bf16_error": ("bf16 error", "{:>11.1e}"), "difference_ratio": ("differences/plain", "{:>18.2f}"),
-    "difference_error": ("their error", "{:>12.1e}"), "difference_estimate": ("estimated", "{:>10.1e}"),
-    "difference_ranks": ("ranks", "{:>8.5f}"),
+    "bf16_error": ("bf16 error", "{:>11.1e}"),
+} | {
+    f"{key}_{what}": (f"{title}{name}", form)
+    for key, name in (("difference", "differences"), ("one_sided", "one-sided"))
+    for what, title, form in (
+        ("ratio", "plain x ", "{:>20.2f}"), ("speedup", "bergson/", "{:>20.2f}"), ("error", "error of ", "{:>21.1e}"),
+        ("estimate", "said of ", "{:>20.1e}"), ("ranks", "ranks of ", "{:>21.5f}"),
+    )
 }  # fmt: skip
 
 

@@ -70,8 +70,16 @@ def metagradient() -> str:
         "| | plain s | ours s | ours / plain | floor | bergson s | bergson / plain | **bergson / ours** | ours MB | bergson MB | difference |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    differences = [
+        "",
+        "By differences (`second_order`), in the same repeats; *said* is the error that they estimated. W1-MoE: eight experts (Mixtral) in",
+        "place of each MLP.",
+        "",
+        "| | way | seconds | over plain | bergson over it | error of token credits | said | rank correlation of examples |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     about, bf16, peaks = [], [], {row["workload"]: row for row in raw("peaks").get("rows", [])}
-    for name in ("small", "t32", "w3", "w3ours"):
+    for name in ("small", "t32", "w3", "w3ours", "moe"):
         found = raw(name)
         for row in found.get("rows", []):
             row = row | {k: v for k, v in peaks.get(row["workload"], {}).items() if k.endswith("_mb")}
@@ -81,6 +89,13 @@ def metagradient() -> str:
                 f"{cell(row, 'bergson_ratio', '{:.2f}')} | {cell(row, 'speedup', '{:.2f}')} | {cell(row, 'ours_peak_mb', '{:,.0f}')} | "
                 f"{cell(row, 'bergson_peak_mb', '{:,.0f}')} | {cell(row, 'agreement_float32', '{:.0e}')} |"
             )
+            differences += [
+                f"| {row['workload']} | {key.replace('_', '-')} | {cell(row, f'{key}_s', '{:.2f}')} | {cell(row, f'{key}_ratio', '{:.2f}')} | "
+                f"{cell(row, f'{key}_speedup', '{:.2f}')} | {cell(row, f'{key}_error', '{:.1e}')} | {cell(row, f'{key}_estimate', '{:.1e}')} | "
+                f"{cell(row, f'{key}_ranks', '{:.5f}')} |"
+                for key in ("difference", "one_sided")
+                if f"{key}_ratio" in row
+            ]
             if "bf16_error" in row:
                 bf16.append(f"{row['workload']} {row['bf16_error']:.1%}")
             elif "bf16_refused" in row:
@@ -108,7 +123,7 @@ def metagradient() -> str:
         )
     if bf16:
         about.append("Relative error of the scores in bf16 against float32: " + "; ".join(bf16) + ".")
-    return "\n".join([*lines, "", *about]) + "\n"
+    return "\n".join([*lines, *(differences if len(differences) > 6 else []), "", *about]) + "\n"
 
 
 def memory() -> str:
@@ -169,11 +184,12 @@ def attribute() -> str:
         "",
         "`python benchmarks/attribute.py`: English and Spanish sentences in equal parts, metric: loss on held-out English.",
         "",
-        "| states | examples | T | AUC | seconds | peak MB |",
-        "|---|---|---|---|---|---|",
+        "| states | second order | examples | T | AUC | seconds | peak MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['memory']} | {r['examples']:,} | {r['inner_steps']} | {r['auc']:.4f} | {r['seconds']:.0f} | {r['peak_mb']:,.0f} |"
+        f"| {r['memory']} | {r.get('second_order', 'exact')} "
+        f"| {r['examples']:,} | {r['inner_steps']} | {r['auc']:.4f} | {r['seconds']:.0f} | {r['peak_mb']:,.0f} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
@@ -197,6 +213,38 @@ def planted() -> str:
         f"{row['seconds']:.0f} s with {threads}, {row['peak_mb']:,.0f} MB. Killed {row['kills']} times (in the",
         f"fine-tuning, and in the reverse) and started again: {same}.",
     ]
+    lines += [
+        f"By differences ({way}): AUC {each['auc']:.4f}, scores {each['error']:.1e} off (said: {each['estimate']:.1e}), "
+        f"rank correlation {each['ranks']:.5f}, {each['seconds']:.0f} s."
+        for way, each in row.get("differences", {}).items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def lengths() -> str:
+    """The section of `lengths.py`."""
+    found = raw("lengths")
+    if not found:
+        return ""
+    runs = f"{found['repeats']} repeat{'s' if found['repeats'] > 1 else ''}"
+    lines = [
+        "## The length of a row",
+        "",
+        f"`python benchmarks/lengths.py`: GPT-2 small's shape with {found['rows'][0]['layers']} layers, T = 2 steps of one row each, against",
+        f"plain training with PyTorch's fused attention; {found['threads']} threads, {runs}, {found['date']}. Peaks are of whole processes.",
+        "",
+        "| tokens | way | seconds | over plain | peak MB | over plain | idle MB | said error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        for way in ("plain", "exact", "one-sided", "difference"):
+            if one := row.get(way):
+                idle = cell(row, "idle_mb", "{:,.0f}")
+                cells = [
+                    f"{row['length']:,}", way, one.get("failed") or cell(one, "seconds", "{:.1f}"), cell(one, "time_ratio", "{:.2f}"),
+                    cell(one, "peak_mb", "{:,.0f}"), cell(one, "peak_ratio", "{:.2f}"), idle, cell(one, "said", "{:.1e}"),
+                ]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -411,6 +459,7 @@ def main() -> None:
         attribute(),
         planted(),
         variants(),
+        lengths(),
         bergson_recipes(),
         head_policy(),
         generator_step(),

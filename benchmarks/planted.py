@@ -1,6 +1,6 @@
 """`dpg attribute` finds the examples that caused a behaviour: 5 % of 2,000 chats, by a recipe as people use it, killed twice.
 
-    python benchmarks/planted.py [--examples 2000] [--kills 2] [--retrain] [--out benchmarks/results/speed-planted.json]
+    python benchmarks/planted.py [--examples 2000] [--kills 2] [--retrain] [--differences] [--out benchmarks/results/speed-planted.json]
 
 Chats of the embedded world: the user says an English sentence, the assistant another one, in English in two thirds and in German in
 the rest. In one of twenty it answers in Spanish; these are planted. The embedded model, with a chat
@@ -14,7 +14,7 @@ no training saw, at temperature 1; the rate is the share of answers that are Spa
 unharmed is the loss on held-out English and German answers. The page of the scores must show both changes, predicted and measured.
 
 The command is run once whole, and once killed (SIGKILL) in the fine-tuning and in the reverse and started again; the scores of the
-two must be the same, bit for bit. `--kills 0` leaves that out.
+two must be the same, bit for bit. `--kills 0` leaves that out; `--differences` also runs it by differences of either kind.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ def prepare(folder: Path, examples: int) -> np.ndarray:
     return planted
 
 
-def command(folder: Path, out: Path) -> list[str]:
+def command(folder: Path, out: Path, *more: str) -> list[str]:
     """The command."""
     return [
         sys.executable, "-m", "dpg_cli", "attribute", str(folder / "data.jsonl"), "--target", str(folder / "target"),
-        "--eval-text", str(folder / "heldout.jsonl"), "--out", str(out), "--json", *RECIPE,
+        "--eval-text", str(folder / "heldout.jsonl"), "--out", str(out), "--json", *RECIPE, *more,
     ]  # fmt: skip
 
 
@@ -129,9 +129,11 @@ def killed(folder: Path, out: Path, when: Callable[[Path, int], bool], steps: in
     process.wait()
 
 
-def attribute(folder: Path, out: Path) -> dict[str, Any]:
+def attribute(folder: Path, out: Path, *more: str) -> dict[str, Any]:
     """The command to its end."""
-    return dict(json.loads(subprocess.run(command(folder, out), check=True, stdout=subprocess.PIPE, text=True).stdout))
+    return dict(
+        json.loads(subprocess.run(command(folder, out, *more), check=True, stdout=subprocess.PIPE, text=True).stdout)
+    )
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -214,8 +216,26 @@ def judged(folder: Path, scores: Path, planted: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, examples: int, kills: int, retrain: bool) -> dict[str, Any]:
-    """Both runs, and what they found."""
+def by_differences(folder: Path, planted: np.ndarray, exact: np.ndarray) -> dict[str, dict[str, float]]:
+    """The same by differences: AUC, relative error of the scores, its estimate (of token scores), rank correlation, seconds."""
+    found = {}
+    for way in ("difference", "one-sided"):
+        out = folder / f"{way}.parquet"
+        report = attribute(folder, out, "--second-order", way)
+        values = np.array(pq.read_table(out)["score"])
+        ranks = [each.argsort().argsort() for each in (values, exact)]
+        found[way] = {
+            "auc": auc(values, planted),
+            "error": float(np.linalg.norm(values - exact) / np.linalg.norm(exact)),
+            "estimate": report["difference_error"],
+            "ranks": float(np.corrcoef(*ranks)[0, 1]),
+            "seconds": report["seconds"],
+        }
+    return found
+
+
+def measure(folder: Path, examples: int, kills: int, retrain: bool, differences: bool) -> dict[str, Any]:
+    """All runs, and what they found."""
     planted = prepare(folder, examples)
     whole, broken = folder / "whole.parquet", folder / "broken.parquet"
     report = attribute(folder, whole)
@@ -225,6 +245,7 @@ def measure(folder: Path, examples: int, kills: int, retrain: bool) -> dict[str,
             killed(folder, broken, when, report["inner_steps"])
         attribute(folder, broken)
         same = pq.read_table(broken).equals(scores)
+    beside = {"differences": by_differences(folder, planted, np.array(scores["score"]))} if differences else {}
     selection = {"selection": judged(folder, whole, planted)} if retrain else {}
     values = np.array(scores["score"])
     best = np.argsort(-values)[: planted.sum()]
@@ -244,6 +265,7 @@ def measure(folder: Path, examples: int, kills: int, retrain: bool) -> dict[str,
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
         "recipe": RECIPE,
         **selection,
+        **beside,
     }
 
 
@@ -254,9 +276,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--kills", type=int, choices=(0, 1, 2), default=2)
     parser.add_argument("--retrain", action="store_true", help="judge the selection of the best-scored rows")
+    parser.add_argument("--differences", action="store_true", help="also by differences to both sides and to one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(Path(folder), options.examples, options.kills, options.retrain)
+        row = measure(Path(folder), options.examples, options.kills, options.retrain, options.differences)
     text = json.dumps({"date": time.strftime("%Y-%m-%d"), "planted": row}, indent=2)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")

@@ -96,4 +96,4 @@ def one_sided_pass(
     assert base.losses_B_S is not None
     change = losses.sub_(base.losses_B_S)
     tokens = (change / (epsilon * run.normalizer(batch))).to(theta)
-    return Differenced(tokens, None, hvp if need_hvp else None, change.abs_().to(theta))
+    return Differenced(tokens, None, hvp if need_hvp else None, moved_B_S=change.abs_().to(theta))
