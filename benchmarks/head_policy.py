@@ -25,10 +25,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.metagradient import processor
 from dpg_cli.engine.generator.contexts import contexts
-from dpg_cli.engine.generator.head_policy import HeadChange, LabelGradient, add_advantages
-from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.rollout import Sampling, sample
 from dpg_cli.engine.inner.head import find_head
+from dpg_cli.engine.natural.head_policy import HeadChange, LabelGradient, add_advantages
+from dpg_cli.engine.natural.step import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.records import Credit
 from dpg_cli.models.loading import untie_head
 from dpg_cli.tiny import MODEL_DIR

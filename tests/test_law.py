@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpg_cli.engine.generator.fisher import TokenFisher
-from dpg_cli.engine.generator.law import law_of
+from dpg_cli.engine.natural.fisher import TokenFisher
+from dpg_cli.engine.natural.law import law_of
 
 
 def make(rows: int, columns: int, tokens: int, mixing: float, seed: int = 0) -> tuple[TokenFisher, torch.Tensor]:

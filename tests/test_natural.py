@@ -11,8 +11,10 @@ from builders import VOCAB, HeldOutLoss, make_examples, make_target
 from torch import Tensor, nn
 
 from dpg_cli.engine import OptimizerSpec, metagradient
-from dpg_cli.engine.generator.fisher import TokenFisher, conjugate_gradients
-from dpg_cli.engine.generator.head_policy import (
+from dpg_cli.engine.inner import head as head_module
+from dpg_cli.engine.inner.head import Head
+from dpg_cli.engine.natural.fisher import TokenFisher, conjugate_gradients
+from dpg_cli.engine.natural.head_policy import (
     DrawnCredit,
     HeadChange,
     LabelGradient,
@@ -23,9 +25,7 @@ from dpg_cli.engine.generator.head_policy import (
     with_bias,
     with_ones,
 )
-from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec, direction, spread
-from dpg_cli.engine.inner import head as head_module
-from dpg_cli.engine.inner.head import Head
+from dpg_cli.engine.natural.step import NaturalPolicy, NaturalSpec, direction, spread
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import DegenerateError
@@ -78,7 +78,7 @@ def test_products_are_those_of_the_explicit_fisher(
     bias: bool, temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr("dpg_cli.engine.generator.fisher.KEPT", 0)
+        monkeypatch.setattr("dpg_cli.engine.natural.fisher.KEPT", 0)
     labels = make_labels(bias=bias, temperature=temperature)
     fisher = fisher_of(labels, torch.arange(N * K))
     matrix = explicit(fisher)

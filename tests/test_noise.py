@@ -15,9 +15,9 @@ from torch import nn
 from dpg_cli.driver.build import build
 from dpg_cli.engine import Examples, OptimizerSpec, Recipe
 from dpg_cli.engine.attribution import InnerSettings, effect
-from dpg_cli.engine.generator.reach import Reach
 from dpg_cli.engine.inner.recipe import Batches
 from dpg_cli.engine.loop import outer_step
+from dpg_cli.engine.natural.reach import Reach
 from dpg_cli.engine.noise import (
     HearsNoise,
     Nothing,

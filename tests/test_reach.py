@@ -12,9 +12,9 @@ from test_natural import WIDTH, K, N, make_labels, relative
 from torch import Tensor, nn
 
 from dpg_cli.engine import Examples, OptimizerSpec, metagradient
-from dpg_cli.engine.generator import reach as reach_module
-from dpg_cli.engine.generator.head_policy import LabelGradient
-from dpg_cli.engine.generator.reach import Reach
+from dpg_cli.engine.natural import reach as reach_module
+from dpg_cli.engine.natural.head_policy import LabelGradient
+from dpg_cli.engine.natural.reach import Reach
 from dpg_cli.engine.noise import Moments, head_moments, patch_noise
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.metrics.moments import moments_pull

@@ -16,17 +16,17 @@ from dpg_cli.driver.build import build
 from dpg_cli.driver.execute import StopRequest, execute
 from dpg_cli.engine import OptimizerSpec, Recipe
 from dpg_cli.engine.attribution import InnerSettings, effect
-from dpg_cli.engine.generator.scalar import (
+from dpg_cli.engine.inner.optimizers import initial_state, update
+from dpg_cli.engine.inner.recipe import Batches
+from dpg_cli.engine.loop import outer_step
+from dpg_cli.engine.metagrad import metagradient
+from dpg_cli.engine.natural.scalar import (
     ScalarProspect,
     above_start,
     dataset_error,
     drawn_error,
     step_of_examples,
 )
-from dpg_cli.engine.inner.optimizers import initial_state, update
-from dpg_cli.engine.inner.recipe import Batches
-from dpg_cli.engine.loop import outer_step
-from dpg_cli.engine.metagrad import metagradient
 from dpg_cli.errors import ConfigError, InterruptedRunError
 from dpg_cli.evidence.effect import EffectVerdict, Noise, Reading
 from dpg_cli.runs.folder import RunFolder

@@ -18,12 +18,12 @@ from dpg_cli.driver import build as build_module
 from dpg_cli.driver.build import build
 from dpg_cli.driver.execute import StopRequest, execute
 from dpg_cli.engine.generator.contexts import contexts, standard_head
-from dpg_cli.engine.generator.head_policy import LabelGradient, add_advantages
-from dpg_cli.engine.generator.natural import NaturalSpec
 from dpg_cli.engine.generator.policy import completion_logits
 from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.inner import head as head_module
 from dpg_cli.engine.loop import outer_step
+from dpg_cli.engine.natural.head_policy import LabelGradient, add_advantages
+from dpg_cli.engine.natural.step import NaturalSpec
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.engine.soft import HeadLabels

@@ -18,14 +18,14 @@ from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
 from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.engine.generator.contexts import standard_head
-from dpg_cli.engine.generator.head_policy import HeadChange
-from dpg_cli.engine.generator.natural import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
-from dpg_cli.engine.generator.scalar import ScalarProspect
 from dpg_cli.engine.generator.step.sharing import obstacle
 from dpg_cli.engine.inner.head import find_head
 from dpg_cli.engine.loop import LoopSpec, Players
+from dpg_cli.engine.natural.head_policy import HeadChange
+from dpg_cli.engine.natural.scalar import ScalarProspect
+from dpg_cli.engine.natural.step import NaturalPolicy, NaturalSpec
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.errors import UsageError

@@ -1,8 +1,8 @@
 """A look at what the untrained generator writes, before anything is trained: where a pattern may stand, and what it will cost.
 
 A few thousand of its tokens tell which rows of the LM head are frequent (`metric.origin = "frequent"`), and, by the law of a
-pattern (`engine/generator/law.py`), the least KL that could show it in the final dataset. Of a metric without pixels they tell the
-noise, and so what a budget of nats can do to it (`engine/generator/scalar.py`).
+pattern (`engine/natural/law.py`), the least KL that could show it in the final dataset. Of a metric without pixels they tell the
+noise, and so what a budget of nats can do to it (`engine/natural/scalar.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from dpg_cli.engine.attribution import AttributionSpec, attribute_examples
 from dpg_cli.engine.generator.align import read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
-from dpg_cli.engine.generator.head_policy import DrawnCredit
-from dpg_cli.engine.generator.law import PatternLaw, pattern_law
 from dpg_cli.engine.generator.rollout import Sampling, sample
-from dpg_cli.engine.generator.scalar import ScalarProspect, dataset_error
 from dpg_cli.engine.inner.head import chunks
 from dpg_cli.engine.loop import LoopSpec
+from dpg_cli.engine.natural.head_policy import DrawnCredit
+from dpg_cli.engine.natural.law import PatternLaw, pattern_law
+from dpg_cli.engine.natural.scalar import ScalarProspect, dataset_error
 from dpg_cli.engine.noise import HearsNoise
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.engine.records import Examples

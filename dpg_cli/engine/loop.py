@@ -21,14 +21,14 @@ from dpg_cli.engine.detect import Watch, metric_before, refuse_dead_reward, refu
 from dpg_cli.engine.generator.align import completion_texts, read_completions
 from dpg_cli.engine.generator.contexts import contexts, standard_head
 from dpg_cli.engine.generator.credit import assign, form_of_labels
-from dpg_cli.engine.generator.head_policy import DrawnCredit, LabelGradient, Sinks, add_advantages
-from dpg_cli.engine.generator.natural import NaturalPolicy, aimed_share
 from dpg_cli.engine.generator.policy import PolicySpec, policy_step
 from dpg_cli.engine.generator.rollout import Sampling, sample
-from dpg_cli.engine.generator.scalar import ERROR, above_start, dataset_error
 from dpg_cli.engine.inner.head import find_head
 from dpg_cli.engine.inner.recipe import Recipe, Replay
 from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.natural.head_policy import DrawnCredit, LabelGradient, Sinks, add_advantages
+from dpg_cli.engine.natural.scalar import ERROR, above_start, dataset_error
+from dpg_cli.engine.natural.step import NaturalPolicy, aimed_share
 from dpg_cli.engine.noise import (
     Aimed,
     HearsNoise,
@@ -210,7 +210,7 @@ def attribute(
         sink: takes the credits of labels, which are then not returned; needs `labels`.
 
     Returns:
-        The result, with the standard error of Φ in its `stats` where the metric is a scalar (`generator/scalar.py`); τ aligned
+        The result, with the standard error of Φ in its `stats` where the metric is a scalar (`natural/scalar.py`); τ aligned
         with the generator's tokens, of the token that was drawn unless credit is "expected" (where the labels' credits hold
         what that token was worth); and τ of every label, in factors where it is large, or None.
     """

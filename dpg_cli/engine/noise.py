@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from dpg_cli.engine.attribution import InnerSettings, effect
-from dpg_cli.engine.generator.head_policy import with_ones
-from dpg_cli.engine.generator.reach import Reach
 from dpg_cli.engine.inner.head import chunks, find_head, logits_at
 from dpg_cli.engine.inner.optimizers import OptimizerSpec, State, adjoint, by_matrix, initial_state, update
 from dpg_cli.engine.inner.recipe import Recipe
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
+from dpg_cli.engine.natural.head_policy import with_ones
+from dpg_cli.engine.natural.reach import Reach
 from dpg_cli.engine.records import Examples
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import DegenerateError

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpg_cli.driver.prospect import SURE, Prospect
 from dpg_cli.engine.detect import CERTAIN, rounding
 from dpg_cli.engine.generator.agreement import Agreement
-from dpg_cli.engine.generator.scalar import ScalarProspect
+from dpg_cli.engine.natural.scalar import ScalarProspect
 from dpg_cli.engine.records import Rollout
 from dpg_cli.evidence.check_findings import Finding, VerdictWord, rounded
 

@@ -4,9 +4,9 @@ A change a of the generator's head moves the patch by s ⊙ R a, s the patch's s
 every pixel, on its right side. A natural step along the adjoint w changes the head by F⁻¹ Rᵀ (s ⊙ w), F the generator's Fisher. So
 the adjoint that asks for what is missing is
 
-    w = ((R F⁻¹ Rᵀ)⁻¹ ((wanted - measured) / s)) / s        (`engine/generator/reach.py`)
+    w = ((R F⁻¹ Rᵀ)⁻¹ ((wanted - measured) / s)) / s        (`engine/natural/reach.py`)
 
-and a natural step of it, its length kept, is the Gauss-Newton step. It is relaxed by the policy (`generator/natural.py`).
+and a natural step of it, its length kept, is the Gauss-Newton step. It is relaxed by the policy (`natural/step.py`).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpg_cli.engine.generator.law import PatternLaw
-from dpg_cli.engine.generator.scalar import ScalarProspect
+from dpg_cli.engine.natural.law import PatternLaw
+from dpg_cli.engine.natural.scalar import ScalarProspect
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.registry import make_pattern
 from dpg_cli.settings.config import Config

@@ -14,8 +14,8 @@ import torch
 from dpg_cli.driver.build import Built, build
 from dpg_cli.driver.prospect import Prospect
 from dpg_cli.driver.trial import try_out
-from dpg_cli.engine.generator.scalar import ScalarProspect
 from dpg_cli.engine.inner.product import times
+from dpg_cli.engine.natural.scalar import ScalarProspect
 from dpg_cli.errors import one_line
 from dpg_cli.metrics.merged import plain
 from dpg_cli.metrics.pattern import PatternMetric

@@ -14,9 +14,9 @@ own counter, `tests/test_planning.py`):
 
 from __future__ import annotations
 
-from dpg_cli.engine.generator.fisher import KEPT
 from dpg_cli.engine.inner.head import chunk_logits
 from dpg_cli.engine.inner.target import CPU_TOKENS
+from dpg_cli.engine.natural.fisher import KEPT
 from dpg_cli.engine.reverse.choice import activation_numbers
 from dpg_cli.planning.job import Job
 

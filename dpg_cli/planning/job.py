@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from dpg_cli.engine.generator.fisher import KEPT
 from dpg_cli.engine.inner.tape import Memory
+from dpg_cli.engine.natural.fisher import KEPT
 from dpg_cli.engine.whole.policy import MOST
 from dpg_cli.metrics.text_loss import TOKENS
 from dpg_cli.models.loading import LanguageModel

@@ -2,7 +2,7 @@
 
     d = (F + λ D)⁻¹ ∇J,   scaled to ½ dᵀ F d = δ nats a token,   ∇J = ∇Φ - β ∇KL(π ‖ π_start)
 
-As on the head (`../generator/natural.py`), with three differences. Credits reach θ by a backward pass: what the logits' adjoints make of
+As on the head (`../natural/step.py`), with three differences. Credits reach θ by a backward pass: what the logits' adjoints make of
 hidden states is kept, (N, K, D), and pulled back once. F and D, its diagonal in the place of the head's Kronecker product, come
 from passes through the backbone (`fisher.py`). And since hidden states change with θ, every KL is measured with those of both sides.
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.generator.fisher import KEPT, Solution, conjugate_gradients, dot
-from dpg_cli.engine.generator.head_policy import LabelGradient
-from dpg_cli.engine.generator.natural import CLOSE, COSTLY, TrustRegion, spread
 from dpg_cli.engine.inner.head import chunks
 from dpg_cli.engine.inner.target import TargetRun
+from dpg_cli.engine.natural.fisher import KEPT, Solution, conjugate_gradients, dot
+from dpg_cli.engine.natural.head_policy import LabelGradient
+from dpg_cli.engine.natural.step import CLOSE, COSTLY, TrustRegion, spread
 from dpg_cli.engine.params import ParameterSpace
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Rollout

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.generator.fisher import TokenFisher, conjugate_gradients
 from dpg_cli.engine.inner.head import chunks, find_head
 from dpg_cli.engine.inner.target import CPU_TOKENS, Labelled, fused_activations, hidden_of
+from dpg_cli.engine.natural.fisher import TokenFisher, conjugate_gradients
 from dpg_cli.engine.records import Examples
 
 EXACT, MOST = 1e-3, 300  # relative residual and products of the solve

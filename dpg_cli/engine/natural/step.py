@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.generator.fisher import KEPT, Solution, TokenFisher, conjugate_gradients, dot
-from dpg_cli.engine.generator.head_policy import HeadChange, divergence, divergence_gradient, step_divergence, with_ones
+from dpg_cli.engine.natural.fisher import KEPT, Solution, TokenFisher, conjugate_gradients, dot
+from dpg_cli.engine.natural.head_policy import HeadChange, divergence, divergence_gradient, step_divergence, with_ones
 from dpg_cli.engine.soft import HeadLabels
 from dpg_cli.errors import DegenerateError
 

@@ -26,8 +26,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dpg_cli.engine.generator.fisher import Solution, conjugate_gradients
 from dpg_cli.engine.inner.head import chunks
+from dpg_cli.engine.natural.fisher import Solution, conjugate_gradients
 
 DAMPING = 1e-3  # of R F⁻¹ Rᵀ, by the diagonal of C: what is hardly within reach is not asked for
 RIDGE = 1e-5  # of each block's mean square, added to F
