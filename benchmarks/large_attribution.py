@@ -103,7 +103,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(Path(folder), rows, options.target, options.memory) for rows in options.rows]
+        found = []
+        for rows in options.rows:
+            found.append(measure(Path(folder), rows, options.target, options.memory))
+            print(json.dumps(found[-1]), flush=True)
     text = json.dumps({"date": time.strftime("%Y-%m-%d"), "runs": found}, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
