@@ -18,9 +18,11 @@ from zoo.judge import judge
 from zoo.tiny import tiny_model
 
 from dpg_cli.engine import Examples, Metagradient, OptimizerSpec, Recipe, metagradient, metagradients
+from dpg_cli.engine.inner import head as head_module
 from dpg_cli.engine.inner.recipe import Batches
 from dpg_cli.engine.inner.target import TargetRun, loss_gradient
 from dpg_cli.engine.params import ParameterSpace
+from dpg_cli.engine.reverse import head as second_head
 from dpg_cli.engine.reverse.choice import SecondOrder
 from dpg_cli.engine.reverse.differences.one_sided import Base, one_sided_pass
 from dpg_cli.engine.reverse.differences.stepping import WORST, Differences, Errors, _checked
@@ -420,3 +422,37 @@ def test_a_walk_goes_on_where_another_process_was() -> None:
     first._wrong, first._all, first._reference, first._length = 1e-6, 2.0, (3e-3, 4e-3), 7.0
     second.go_on(first.state())
     assert second == first and second.error == pytest.approx((0.5e-6) ** 0.5)
+
+
+def test_states_that_are_computed_again_or_read_from_disk_change_nothing_to_one_side() -> None:
+    """The token losses of a step are there with each choice of memory."""
+    model, examples = make_target("gpt2", tied=True), make_examples(10)
+    results = [
+        metagradient(model, examples, ADAMW, METRIC, batch_size=2, second_order="one-sided", memory=memory)
+        for memory in ("keep", "sqrt", "offload")
+    ]
+    for other in results[1:]:
+        assert torch.equal(other.token_N_S, results[0].token_N_S)
+
+
+@pytest.mark.parametrize("way", ["exact", "one-sided"])
+def test_tokens_without_a_loss_have_no_logits(monkeypatch: pytest.MonkeyPatch, way: SecondOrder) -> None:
+    """The head's products, in both orders, are of labelled tokens alone: a prompt's tokens have none."""
+    model, examples = make_target("llama", tied=False), make_examples(6, shortest=9, longest=9)
+    label = examples.label_N_S.clone()
+    label[:, :6] = False
+    asked = replace(examples, label_N_S=label)
+    made: list[int] = []
+
+    def counted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(len(hidden))
+        return stock(hidden, weight, bias)
+
+    stock = head_module.logits_at
+    monkeypatch.setattr(head_module, "logits_at", counted)
+    monkeypatch.setattr(second_head, "logits_at", counted)
+    metagradient(model, asked, ADAMW, METRIC, batch_size=6, second_order=way)
+    assert made and max(made) <= int(label.sum()) == 18
+    made.clear()
+    metagradient(model, examples, ADAMW, METRIC, batch_size=6, second_order=way)
+    assert max(made) == 48
