@@ -96,6 +96,12 @@ def metagradient() -> str:
                 for key in ("difference", "one_sided")
                 if f"{key}_ratio" in row
             ]
+            differences += [
+                f"| {row['workload']} | {key.replace('_', '-')} | refused: {row[f'{key}_refused'].partition(':')[2].strip()} "
+                "| - | - | - | - | - |"
+                for key in ("difference", "one_sided")
+                if f"{key}_refused" in row
+            ]
             if "bf16_error" in row:
                 bf16.append(f"{row['workload']} {row['bf16_error']:.1%}")
             elif "bf16_refused" in row:
