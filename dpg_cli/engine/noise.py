@@ -124,7 +124,8 @@ def tilt_of(metric: HearsNoise, final: Mapping[str, Tensor], noise: PatchNoise, 
         like_V_D: the generator's head, a column for a bias included.
     """
     tilt = torch.zeros_like(like_V_D)
-    tilt[metric.window[0]] = noise.reach.tilt((noise.slope_R_C * metric.pull(final)).to(tilt)).x
+    found = noise.reach.tilt((noise.slope_R_C * metric.pull(final)).to(tilt)).x
+    tilt[metric.window[0], : found.shape[1]] = found
     return tilt
 
 
@@ -135,8 +136,8 @@ class Moments:
     Attributes:
         mean_R_C: g.
         square_R_C: E of its square.
-        reach: of the generator's head on the window, from the same tokens; where no head's distributions are known, the
-            target's hidden states stand for the generator's, and for drawn tokens the target's distributions.
+        reach: of the generator's head on the window, from the same tokens. Where that head has the shape of the target's, or is not
+            known, the target's hidden states stand for the generator's; for drawn tokens, the target's distributions.
     """
 
     mean_R_C: Tensor
@@ -195,8 +196,9 @@ def head_moments(
             square.addmm_((p * (p - 2 * q) + q).mT, read.square())
             reads.append(read)
             likely.append(p if marked.expected is None else q)
-        if marked.expected is not None and isinstance(marked.expected.labels, HeadLabels):
-            own.append(with_ones(marked.expected.labels.hidden(marked.expected.places_M), marked.expected.labels.bias))
+        soft = None if marked.expected is None else marked.expected.labels
+        if marked.expected is not None and isinstance(soft, HeadLabels) and soft.weight.shape != weight.shape:
+            own.append(with_ones(soft.hidden(marked.expected.places_M), soft.bias))
         else:
             own.append(hidden_M_D)
     count = max(1, sum(map(len, reads)))
