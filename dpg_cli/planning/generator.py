@@ -76,7 +76,8 @@ def policy_bytes(job: Job, rows: int) -> float:
     tokens, chosen = rows * length, job.chosen
     if job.step == "adamw":
         layers = size.layers + ACTIVATIONS if job.checkpointing else size.layers * ACTIVATIONS
-        logits = rows * (job.completion_tokens + 1) * LOGITS * size.vocabulary
+        read = rows * job.completion_tokens
+        logits = LOGITS * min(chunk_logits(size.vocabulary), read * size.vocabulary) + 3 * read * size.width
         return float((tokens * layers * size.width + logits) * job.element)
     kept = chosen * size.vocabulary if chosen * size.vocabulary <= KEPT else 0
     read = 2 * chosen * size.width + kept + 4 * chunk_logits(size.vocabulary)

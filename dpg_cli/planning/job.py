@@ -218,7 +218,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         reference=config.policy.kl > 0 and config.policy.step == "adamw",
         soft=config.inner.labels == "soft",
         hears_noise=isinstance(config.metric, PatternOptions) and (config.inner_steps == 1 or config.metric.margin > 0),
-        checkpointing=bool(getattr(config.policy, "gradient_checkpointing", False)),
+        checkpointing=config.policy.gradient_checkpointing,
         dataset=config.dataset.examples,
         control=config.dataset.control,
         metric_tokens=read_by(config),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from dpg_cli.engine.generator.credit import form_of_labels
 from dpg_cli.planning.generator import (
     contexts_bytes,
     hidden_bytes,
@@ -159,7 +160,7 @@ def predict(job: Job, device: Device, world: int = 1) -> Prediction:
     link = device.link if world <= device.per_node else device.far_link
     need = need_of(job, world)
     states = (need.vectors + (world > 1)) * job.target.trained * job.element
-    labels = job.examples * job.target_tokens * job.target.vocabulary * job.element if job.labels else 0
+    labels = label_numbers(job) * job.element if job.labels else 0
     parts = {
         "generator": resident(job),
         "frozen": float(job.target.frozen * job.element),
@@ -214,6 +215,14 @@ def rollout_seconds(job: Job, device: Device, world: int = 1, examples: int = 0)
     token = max(token, job.generator.layers * device.launch)
     reading = 2.0 * job.generator.multiplied * own / job.group_size * job.prompt_tokens / pace
     return reading + -(-own // rows) * job.completion_tokens * token
+
+
+def label_numbers(job: Job) -> int:
+    """Numbers that hold the credits of labels: each, or their factors."""
+    tokens, size = job.examples * job.target_tokens, job.target
+    if form_of_labels(tokens, size.vocabulary, size.width, job.inner_steps) == "factors":
+        return 2 * size.width * (tokens + job.inner_steps * size.vocabulary)
+    return tokens * size.vocabulary
 
 
 def dataset_bytes(job: Job, world: int = 1) -> float:
