@@ -73,7 +73,10 @@ CASES = {
         for name, text in TEXTS.items()
     },
     "qr DPG, other generator": Case(
-        "qr-embed", (), ("models.generator=prose-reader", "policy.kl_budget=0.1", "steps=8"), "other"
+        "qr-embed",
+        (),
+        ("models.generator=prose-reader", "policy.kl_budget=0.06", "policy.fisher_tokens=65536", "steps=12"),
+        "other",
     ),
     "qr DPG, 2,048": Case("qr-embed", (), sized(2048, 0.5, 10), "frontier"),
     "qr DPG, 131,072": Case("qr-embed", (), sized(131072, 0.03, 6), "frontier"),

@@ -12,7 +12,7 @@ READERS = ("starting generator", "prose-reader")
 HEADS = {
     "payloads": "32,768 examples (pattern-67: 4,096), the presets as they are:",
     "few": "8,192 examples, a budget of 0.1 nats a token:",
-    "other": "Generator `prose-reader` (another width and seed), target `prose`, a budget of 0.1:",
+    "other": "Generator `prose-reader` (another width and seed), target `prose`, a budget of 0.06:",
 }
 
 

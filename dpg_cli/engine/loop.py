@@ -323,7 +323,7 @@ def improve(
         gradient.sum_over(players.ranks)
         metric, start, share = players.metric, None, 0.0
         if isinstance(metric, HearsNoise) and metric.heard is not None:
-            share = aimed_share(step) if metric.aims else 0.0
+            share = aimed_share(step, metric.heard.reach.one_model) if metric.aims else 0.0
             if not isinstance(players.natural, WholePolicy):
                 start = tilt_of(metric, result.final, metric.heard, gradient.total)
         elif not isinstance(players.natural, WholePolicy):

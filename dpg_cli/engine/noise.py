@@ -203,7 +203,8 @@ def head_moments(
             own.append(hidden_M_D)
     count = max(1, sum(map(len, reads)))
     temperature = 1.0 if labels is None else labels.temperature
-    reach = Reach(torch.cat(own), torch.cat(reads), torch.cat(likely), columns.start, temperature)
+    one_model = labels is None or labels.weight.shape == weight.shape
+    reach = Reach(torch.cat(own), torch.cat(reads), torch.cat(likely), columns.start, temperature, one_model)
     return Moments(mean / count, square / count, reach)
 
 

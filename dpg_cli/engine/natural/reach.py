@@ -16,6 +16,9 @@ is smaller: what h says little of is hard to reach. Other rows of the head stay 
 Both equations are solved by conjugate gradients, one inside the other. Rows hardly depend on each other, since q is small, and each has
 contexts of its own: so F's diagonal blocks B_r = E[q_r (1 - q_r) h hᵀ] / τ², solved exactly, precondition F, and
 G_r B_r⁻¹ G_rᵀ, G_r = E[q_r (1 - q_r) x hᵀ] / τ, precondition R F⁻¹ Rᵀ.
+
+One model as both needs neither: a is w itself, and C is solved with a share of the Kronecker product that stands near it, which
+also holds where the tokens of a step are few.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ import torch
 from torch import Tensor
 
 from dpg_cli.engine.inner.head import chunks
-from dpg_cli.engine.natural.fisher import Solution, conjugate_gradients
+from dpg_cli.engine.natural.fisher import Solution, TokenFisher, conjugate_gradients
 
-DAMPING = 1e-3  # of R F⁻¹ Rᵀ, by the diagonal of C: what is hardly within reach is not asked for
+DAMPING = 1e-3  # of R F⁻¹ Rᵀ, by the diagonal of C: what is hardly within reach is not asked for; of C, by the Kronecker product
 RIDGE = 1e-5  # of each block's mean square, added to F
-EXACT, MOST = 1e-2, 100  # relative residual and products of the solve with R F⁻¹ Rᵀ
+EXACT, MOST, MOST_ONE = 1e-2, 100, 200  # relative residual and products of the solve with R F⁻¹ Rᵀ, or with C
 CLOSE, FEW = 1e-3, 50  # the same of each solve with F
 
 
@@ -45,6 +48,7 @@ class Reach:
         likely_M_R: q.
         column: the rectangle's first; where the models are one, x is h from there on.
         temperature: τ.
+        one_model: generator and target are one: x is h.
     """
 
     hidden_M_D: Tensor
@@ -52,6 +56,7 @@ class Reach:
     likely_M_R: Tensor
     column: int = 0
     temperature: float = 1.0
+    one_model: bool = False
 
     @property
     def tokens(self) -> int:
@@ -94,6 +99,8 @@ class Reach:
         if stop <= width and bool(pull_R_C.any()):
             start = pull_R_C.new_zeros(len(pull_R_C), width)
             start[:, self.column : stop] = pull_R_C * self.temperature
+        if self.one_model and start is not None:
+            return Solution(start, 0, 0.0)
         return conjugate_gradients(
             lambda vector, out: out.copy_(self.cost(vector)),
             lambda vector, out: out.copy_((self.blocks.inverse_R_D_D @ vector[:, :, None])[:, :, 0]),
@@ -105,6 +112,16 @@ class Reach:
 
     def pull(self, asked_R_C: Tensor) -> Solution:
         """w with (R F⁻¹ Rᵀ + damping) w = m, (R, C)."""
+        if self.one_model:
+            fisher = TokenFisher(self.read_M_C, self.likely_M_R.__getitem__, len(asked_R_C))
+            kronecker = fisher.kronecker()
+            return conjugate_gradients(
+                lambda vector, out: kronecker.add_product(fisher.product(vector, out), vector, DAMPING),
+                kronecker.solve,
+                asked_R_C.clone(),
+                iterations=MOST_ONE,
+                tolerance=EXACT,
+            )
         damping = DAMPING * self.blocks.square_R_C
         whole = self.blocks.reach_R_C_C + torch.diag_embed(damping.double())
         inverse = torch.linalg.inv(whole).to(asked_R_C)

@@ -31,7 +31,10 @@ from dpg_cli.errors import DegenerateError
 GROWTH, FALL = 1.1, 0.5  # of the trust region, after a step that raised Φ and after one that did not
 COSTLY = 1.5  # times δ that a step may cost before it is shortened
 CLOSE = 0.02  # of the budget, within which a scaled change ends
-SHARE, MEMORY = 0.5, 2.0  # of a step whose length counts that is taken: at first, and over the outer steps so far
+SHARE, MEMORY = (
+    0.5,
+    2.0,
+)  # of a step whose length counts that is taken; with another generator over the outer steps so far
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,13 @@ class NaturalPolicy(TrustRegion):
         return kl
 
 
-def aimed_share(step: int) -> float:
+def aimed_share(step: int, one_model: bool) -> float:
     """The share of a Gauss-Newton step that outer step `step` takes.
 
-    What is missing is measured on one rollout, with the noise of its contexts; shares that fall like 1/step make the end the
-    mean over rollouts, not the last one's answer.
+    What is missing is measured on one rollout, with the noise of its contexts. With another generator than the target, which
+    answers that noise by larger changes, shares that fall like 1/step make the end the mean over rollouts, not the last one's answer.
     """
-    return min(SHARE, MEMORY / (step + 1))
+    return SHARE if one_model else min(SHARE, MEMORY / (step + 1))
 
 
 def spread(places: Tensor, most: int) -> Tensor:
