@@ -97,6 +97,9 @@ class LostProcessError(DpgError):
         self.reason = reason
 
 
+MOST = 24  # names that a remedy lists
+
+
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     """A remedy for an unknown name.
 
@@ -113,5 +116,5 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     near = near or [other for other in names if name and other.startswith(f"{name}.")]
     if near:
         return f"Did you mean {' or '.join(near)}?"
-    shown = ", ".join(names[:12])
-    return f"{otherwise}: {shown or 'nothing'}{', ...' if len(names) > 12 else '.'}"
+    shown = ", ".join(names[:MOST])
+    return f"{otherwise}: {shown or 'nothing'}{', ...' if len(names) > MOST else '.'}"

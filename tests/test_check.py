@@ -182,7 +182,7 @@ def test_suggested_values_are_short_and_toml(value: float, text: str) -> None:
 
 
 def test_check_takes_every_setting_of_run() -> None:
-    of_run = {"out", "dry_run", "as_json", "resume", "report_to", "processes"}
+    of_run = {"out", "dry_run", "card", "as_json", "resume", "report_to", "processes"}
     assert set(OPTIONS) | of_run == set(inspect.signature(run).parameters)
     assert set(inspect.signature(command).parameters) == set(OPTIONS) | {"completions", "as_json"}
 

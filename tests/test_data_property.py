@@ -118,7 +118,7 @@ def test_examples_are_the_stock_ones(tmp_path_factory: pytest.TempPathFactory, d
             encoded(path, tokenizer)
         return
     found = encoded(path, tokenizer)
-    assert (found.numbers, list(found.understood.empty)) == (full, [n for n in range(len(rows)) if n not in full])
+    assert (list(found.numbers), list(found.understood.empty)) == (full, [n for n in range(len(rows)) if n not in full])
     stock = prepared([rows[n] for n in full], tokenizer)
     for row, mine, (ids, label) in zip((rows[n] for n in full), found.rows, stock, strict=True):
         note(f"{row!r} {ids} {label} {mine}")

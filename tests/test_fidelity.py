@@ -209,35 +209,63 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def examples_of(name: str) -> Examples:
+    """What a case is trained on."""
+    examples = make_examples(14, longest=12, seed=3)
+    if "completions" in name:
+        lengths = examples.attention_N_S.sum(1).tolist()
+        sequences = [examples.ids_N_S[row, :length].tolist() for row, length in enumerate(lengths)]
+        return Examples.from_sequences([sequence for sequence in sequences if len(sequence) > 4], prefix=3)
+    return examples
+
+
+def in_trainers_order(name: str) -> Recipe:
+    """A case's recipe with the examples in the order in which the trainer takes them."""
+    arguments, recipe = CASES[name]
+    batches = recipe.batches
+    if arguments.get("train_sampling_strategy") != "sequential":
+        batches = replace(batches, order="shuffled", seed=batches.seed or SEED)
+    return replace(recipe, batches=batches)
+
+
 def trained_by_both(
     name: str, architecture: str, dtype: torch.dtype, folder: Path
 ) -> tuple[dict[str, torch.Tensor], nn.Module, nn.Module]:
     """The weights by us, the model by the trainer, and the model before; the same numbers at first in either precision."""
     arguments, recipe = CASES[name]
-    examples = make_examples(14, longest=12, seed=3)
-    if "completions" in name:
-        lengths = examples.attention_N_S.sum(1).tolist()
-        sequences = [examples.ids_N_S[row, :length].tolist() for row, length in enumerate(lengths)]
-        examples = Examples.from_sequences([sequence for sequence in sequences if len(sequence) > 4], prefix=3)
+    examples = examples_of(name)
     model = without_dropout(make_target(architecture, tied=True, dtype=torch.float32)).to(dtype)
     start = copy.deepcopy(model)
-    batches = recipe.batches
-    if arguments.get("train_sampling_strategy") != "sequential":
-        batches = replace(batches, order="shuffled", seed=batches.seed or SEED)
-    ours = trained_by_us(model, examples, replace(recipe, batches=batches))
+    ours = trained_by_us(model, examples, in_trainers_order(name))
     told = {**arguments, "seed": SEED, "learning_rate": recipe.optimizer.lr}
     return ours, trained_by_trl(model, examples, told, folder), start
 
 
+def sensitivity(name: str, exact: nn.Module, start: nn.Module) -> float:
+    """How far the float64 run ends from itself where its first weights are moved by what float32 rounds away, at most of eight."""
+    ends = []
+    for seed in range(8):
+        model, rng = copy.deepcopy(start), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2.0**-24 * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype))
+        ends.append(distance(trained_by_us(model, examples_of(name), in_trainers_order(name)), exact, start))
+    return max(ends)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_weights_as_trl(name: str, tmp_path: Path) -> None:
-    """In float64 to 1e-12 of the update. In float32 to 1e-6, or to what rounding does to the trainer itself: its distance
-    from its own float64 run. Ours is no further from that than twice."""
+    """In float64 to 1e-12 of the update. In float32 to 1e-6, or to what rounding does: the trainer's distance from its own
+    float64 run, or that of the float64 run from itself where its start is rounded. Ours is no further from it than twice.
+
+    Under Adam with a small ε a weight whose gradient is nearly zero goes where the rounding points, on each processor elsewhere.
+    """
     architecture = "gpt2" if len(name) % 2 else "llama"
     ours, exact, start = trained_by_both(name, architecture, torch.float64, tmp_path)
     assert distance(ours, exact, start) < 1e-12
     ours, theirs, _ = trained_by_both(name, architecture, torch.float32, tmp_path)
-    rounding = distance(dict(theirs.named_parameters()), exact, start)
+    rounding = max(distance(dict(theirs.named_parameters()), exact, start), sensitivity(name, exact, start))
+    assert rounding < 1e-4
     assert distance(ours, theirs, start) < max(1e-6, rounding)
     assert distance(ours, exact, start) < 2 * rounding
 

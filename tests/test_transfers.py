@@ -57,7 +57,7 @@ def counted(preset: str, sets: list[str], monkeypatch: pytest.MonkeyPatch) -> Co
     for where, count in seen.counts.items():
         module = where.partition(":")[0]
         known = next((name for name in NAMED if module.startswith(name)), module)
-        modules["engine/generator/" if module.startswith("engine/generator/") else known] += count
+        modules["engine/generator/" if module.startswith(("engine/generator/", "engine/natural/")) else known] += count
     return modules
 
 

@@ -116,9 +116,9 @@ def test_an_interrupted_validation_goes_on(place: Path, monkeypatch: pytest.Monk
 
 def test_a_rough_run_is_found_out_and_told_why(place: Path) -> None:
     """AdamW as sign(g) at a rate where its steps matter: what the scores say does not come."""
-    config = settings(eps=1e-12, lr=3e-3)
+    config = settings(eps=1e-12, lr=3e-2)  # at 3e-3 eight or sixteen parts found 0.78 to 0.93 on some processors
     attribute(config, request(place))
-    found = validate(config, request(place), Wish(8, 0.25))
+    found = validate(config, request(place), Wish(12, 0.25))
     assert found.scores[0].lds < 0.8
     assert "nearly sign(g)" in found.remedy
     assert "--set inner.eps=" in found.remedy
