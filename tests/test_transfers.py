@@ -19,7 +19,7 @@ TOKENS, PIECES = 6, 16  # of a completion; most pieces that an outer step's comp
 NAMED = {  # module: most reads, of one outer step without its policy step and rollout
     "engine/metagrad.py": 1,  # whether the weights ran away, all at once
     "engine/records.py": 2 * PIECES,  # the width of a micro-batch, what was given once, and completions by number
-    "engine/inner/head.py": 12,  # whether the head is a standard one, on two tokens
+    "engine/inner/head.py": 18,  # whether a head is a standard one, on two tokens: of the target, the metric and the policy step
     "engine/inner/target.py": 8,  # tokens of a batch, which places are trained
     "engine/inner/run.py": 6,  # is it finite; the median gradient
     "engine/inner/product.py": 10,
