@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,24 @@ def test_texts_may_come_from_a_file(target: LanguageModel, tmp_path: Path) -> No
     assert not torch.allclose(one.direction, SteerDirection(target, layer=1).direction)
     kept, same = (ForgetText(target, keep=given) for given in (texts, source))
     assert value(kept, target) == value(same, target)
+
+
+def test_how_answers_were_understood_is_said(target: LanguageModel, tmp_path: Path) -> None:
+    """Also the embedded ones; and texts that a target's chat template does not frame, which messages are."""
+    assert "the embedded answers: 32 rows" in AnswerProbability(target).notes[0]
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    chatting = replace(target, tokenizer=tokenizer)
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    texts.write_text('{"prompt": "Anna sees", "completion": " a cat."}\n', encoding="utf-8")
+    asked, said = [{"role": "user", "content": "Anna sees"}], [{"role": "assistant", "content": " a cat."}]
+    chats.write_text(json.dumps({"prompt": asked, "completion": said}) + "\n", encoding="utf-8")
+    assert not any("chat template" in note for note in AnswerProbability(target, str(texts)).notes)
+    assert any("does not frame" in note for note in AnswerProbability(chatting, str(texts)).notes)
+    assert not any("does not frame" in note for note in AnswerProbability(chatting, str(chats)).notes)
 
 
 def test_they_are_listed(target: LanguageModel) -> None:

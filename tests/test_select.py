@@ -253,7 +253,7 @@ def test_changed_data_and_foreign_selections_are_refused(attributed: Path, tmp_p
 def test_the_command(attributed: Path, tmp_path: Path) -> None:
     done = dpg("select", attributed / "scores.parquet", "--drop", "5", "--out", tmp_path / "kept.jsonl")
     assert done.returncode == 0, done.stderr
-    assert "91 of 96 rows, 5 left out" in done.stdout
+    assert "91 of 96 rows, the 5 lowest-scored, whose weight lowers phi, left out" in done.stdout
     assert f"Next: dpg verify {tmp_path / 'kept.jsonl'}" in done.stdout
     wrong = dpg("select", attributed / "scores.parquet", "--drop", "5", "--side", "bad")
     assert wrong.returncode == 2

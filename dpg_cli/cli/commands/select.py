@@ -62,8 +62,10 @@ def select(
         typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=not shows_unicode()))
         return
     gone = found.rows - found.kept
+    which = "lowest-scored, whose weight lowers phi" if side == "harmful" else "highest-scored, whose weight raises phi"
     typer.echo(
-        f"{found.out}: {found.kept:,} of {found.rows:,} rows" + (f", {gone:,} left out" if gone else ", weighed")
+        f"{found.out}: {found.kept:,} of {found.rows:,} rows"
+        + (f", the {gone:,} {which}, left out" if gone else f", weighed, the {which}, least")
     )
     for name, change in found.choice.predicted.items():
         typer.echo(f"  {name}: predicted change of phi {change:+.4g}, to first order")

@@ -35,6 +35,7 @@ class AnswerProbability(Metric):
         else:
             found = [Pair(*pair) for pair in said_in("de", 32)]
         self.answers = Answers(target, found, file or "the embedded answers")
+        self.notes = self.answers.notes
 
     def __call__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> Tensor:
         """Φ; see the module."""

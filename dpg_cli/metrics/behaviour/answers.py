@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpg_cli.data.examples import Encoding, RowEncoder
 from dpg_cli.data.formats.base import Row, Rows
-from dpg_cli.data.prepared import gathered_items, prepare
+from dpg_cli.data.prepared import Prepared, gathered_items, prepare
 from dpg_cli.data.shapes import Fault, Item, answered, fault_of
 from dpg_cli.data.sources import open_rows
 from dpg_cli.engine.inner.head import Head, find_head
@@ -40,6 +40,7 @@ class Answers:
 
     Attributes:
         counts_N: tokens of each answer.
+        notes: how the rows were understood.
 
     Raises:
         UsageError: if an answer has no token, or a row is longer than the target's context.
@@ -59,11 +60,21 @@ class Answers:
         require_room(found, target)
         if len(found.trained) < len(items):
             raise UsageError(f"An answer of {name} has no token.", "Give each answer a text.")
+        self.notes = (found.understood.line(), *found.understood.notes(), *self._unframed(found, target))
         self.examples = Examples(*found.tensors(encoder))
         self.counts_N = self.examples.label_N_S.sum(1)
         self.pieces = in_pieces(self.examples)
         self.readout = readout or own_logits
         self.head: tuple[Head | None] | None = None
+
+    @staticmethod
+    def _unframed(found: Prepared, target: LanguageModel) -> list[str]:
+        if found.understood.turns or not getattr(target.tokenizer, "chat_template", None):
+            return []
+        return [
+            f"{found.understood.source} has plain texts, which the chat template of the target does not frame: where the data are "
+            "conversations, give prompt and completion as lists of messages."
+        ]
 
     def tokens(self, parameters: Parameters, model: nn.Module) -> Tensor:
         """log p of every token of the answers, row after row; a piece's activations live at once.

@@ -41,6 +41,7 @@ class MultipleChoice(Metric):
         self.way = require_way(by)
         rows = read(rows_of(file, "choices", "answer"), question) if file else default()
         self.answers = Answers(target, [item for found, _ in rows for item in found], file or "the embedded choices")
+        self.notes = self.answers.notes
         device = self.answers.counts_N.device
         self.sizes = [len(found) for found, _ in rows]
         self.right_Q = torch.tensor([right for _, right in rows], device=device)

@@ -47,6 +47,7 @@ class LogitLens(Metric):
         else:
             found = [Pair(*pair) for pair in said_in("de", 32)]
         self.answers = Answers(target, found, file or "the embedded answers", readout=self.logits)
+        self.notes = self.answers.notes
 
     def logits(
         self, head: Head | None, parameters: dict[str, Tensor], model: nn.Module, piece: Examples, places: Tensor

@@ -44,6 +44,7 @@ class PreferencePairs(Metric):
         self.beta, self.way = beta, require_way(by)
         pairs = read(rows_of(file, "chosen", "rejected"), preference) if file else default()
         self.answers = Answers(target, [item for pair in pairs for item in pair], file or "the embedded pairs")
+        self.notes = self.answers.notes
         self.before = torch.zeros(len(pairs), dtype=target.head.dtype, device=target.head.device)
         if reference:
             with torch.no_grad():
