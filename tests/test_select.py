@@ -21,7 +21,7 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.behaviour.answers import said_in
 from dpg_cli.selection.choice import Wish, choose
 from dpg_cli.selection.retrain import retrain
-from dpg_cli.selection.select import place_of, read_selection, select
+from dpg_cli.selection.select import home_of, place_of, read_selection, select
 from dpg_cli.settings.presets import resolve
 
 SCORES = [0.5, -2.0, 0.0, -1.0, 1.5, -1.0]  # of the rows 0, 1, 2, 4, 5, 6: row 3 is blank and has none
@@ -258,3 +258,19 @@ def test_the_command(attributed: Path, tmp_path: Path) -> None:
     wrong = dpg("select", attributed / "scores.parquet", "--drop", "5", "--side", "bad")
     assert wrong.returncode == 2
     assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_relative_paths_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data of the working folder that the selection was made in, unless this one has some of that name."""
+    source, _ = written(tmp_path, "jsonl")
+    scores = scored(tmp_path, source)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = select(scores, Wish(drop=2), data=source.name, out=Path("out") / "kept.jsonl")
+    assert home_of(found.out) == tmp_path
+    place = found.out.absolute()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert home_of(place).resolve() == tmp_path.resolve()
+    (tmp_path / "elsewhere" / source.name).write_text("")
+    assert home_of(place) == tmp_path / "elsewhere"

@@ -146,8 +146,10 @@ def test_the_command_scores_once_and_validates_again(place: Path) -> None:
     assert len(json.loads(first.stdout)["validation"]["scores"][0]["measured"]) == 3
     assert (place / "s.html").is_file()
     before = (place / "s.parquet").stat().st_mtime_ns
-    again = dpg(*command, "--validate", "4")
+    page = (place / "s.html").read_text()
+    again = dpg(*command, "--validate", "4", "--report")
     assert again.returncode == 0, again.stderr
+    assert (place / "s.html").read_text() != page  # with the validation of four
     assert "LDS" in again.stdout
     assert (place / "s.parquet").stat().st_mtime_ns == before
     other = dpg(*command, "--validate", "4", "--lr", "1e-3")

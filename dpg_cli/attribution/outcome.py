@@ -46,7 +46,7 @@ class Attribution:
         gradient_median: median |g_0|; ε far below it makes the optimiser a sign function.
         epsilon: the same against ε, in words.
         notes: what the engine chose for the target, a sentence each.
-        precision_error: relative error of the first step's token scores in bf16, None in float32.
+        precision_error: relative error of token scores in bf16, of the first and the last step the larger; None in float32.
         difference_error: estimated relative error of token scores by differences, None where they are exact.
         clipped_share: of the steps, on which the gradient was clipped; None where it never is.
         seconds, peak_memory_mb: of the process.

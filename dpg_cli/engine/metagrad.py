@@ -89,7 +89,7 @@ def metagradient(
         memory: "keep" all T states, "sqrt" recomputes them from √T checkpoints, "offload" puts them on disk (from an
             accelerator: into host memory). Changes time and memory, and the result by rounding alone.
         precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
-            `precision_error`, the relative error of the token credits at the first inner step.
+            `precision_error`, the relative error of the token credits at the first and the last inner step, the larger.
         packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
         second_order: "exact", or by "difference"s of ordinary passes ("one-sided": half as many, about ten times the error), with
             the model as it runs: compiled, any attention kernel, any autograd function, checkpoints; `stats` then has

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +87,18 @@ def select(scores: Path, wish: Wish, *, data: str = "", out: Path | None = None,
         "scores": str(scores),
         "scores_record": table.record,
         "weighed": choice.weights is not None,
+        "folder": _way_back(place),
     }
     write_json(place_of(place), made)
     return found
+
+
+def _way_back(place: Path) -> str:
+    """From where the selection lies to the working folder, which relative paths of the record are read from."""
+    try:
+        return os.path.relpath(Path.cwd(), place.absolute().parent)
+    except (OSError, ValueError):  # another drive
+        return ""
 
 
 def source_of(table: Table) -> str:
@@ -159,6 +170,20 @@ def read_selection(path: Path) -> dict[str, Any] | None:
     if not isinstance(made, dict) or not isinstance(made.get("scores_record"), dict):
         raise UsageError(f"{place} is no record of a selection.", "Run `dpg select` again.")
     return made
+
+
+def home_of(path: Path) -> Path:
+    """The folder that relative paths of a selection's record are read from: this one, or if its data is not here, where it was made."""
+    made = read_selection(path) or {}
+    back, source = made.get("folder"), made.get("source")
+    here = Path.cwd()
+    if not isinstance(back, str) or not back or not isinstance(source, str):
+        return here
+    there = path.absolute().parent / back
+    if any(file.exists() for file in files_of(source)) or not there.is_dir():
+        return here
+    with contextlib.chdir(there):
+        return there if any(file.exists() for file in files_of(source)) else here
 
 
 def keep_verdict(path: Path, verdict: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ class InnerConfig(Section):
     precision: Literal["float32", "bf16"] = Field(
         "float32",
         description="bf16 rounds the operands of the target's linear maps; states and sums stay float32. Refused where "
-        "the credits of the first inner step are a quarter off",
+        "the credits of the first or the last inner step are a quarter off",
     )
 
     def steps_of_epoch(self, count: int, length: int = 0) -> int:

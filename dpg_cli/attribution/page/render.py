@@ -66,7 +66,7 @@ def render(facts: Facts, place: Path) -> str:
             selections=facts.selections,
             remedy=facts.remedy,
             validated=any(query.validation for query in facts.queries),
-            select=f"dpg select {pasted(facts.path)} --drop 50",
+            select=f"dpg select {pasted(facts.path)} --drop 50 --side",
             blocks=list(blocks(facts, place)),
             style=Markup(style),
             script=Markup(script),

@@ -203,8 +203,6 @@ def attribute(
     from dpg_cli.attribution.work import work_folder
     from dpg_cli.recipes import read_recipe
 
-    if report and not show:
-        _check_page(out, overwrite)
     asked = [] if show else _queries(metric or [], language, eval_text, query, query_by, metric_file, overrides or [])
     options = _first_metric(asked, metric or ["text-loss"], language, eval_text, query, overrides or [], bool(show))
     whole = from_checkpoint is not None and (from_checkpoint / "config.json").is_file()
@@ -259,6 +257,8 @@ def attribute(
     if validate and not 0 < leave_out < 1:
         raise UsageError(f"--leave-out {leave_out:g} is no share of the examples.", "Give 0.1, for example.")
     known = bool(validate) and not overwrite and made_alike(config, request)
+    if report:  # of scores that are there and stay, the page is made anew with the validation in it
+        _check_page(out, overwrite or known)
     states = config.inner.states
     pace = Pace(states, min(at_once or len(asked), len(asked)) or 1, adapters=config.lora.rank > 0)
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,10 +103,11 @@ def _of_selection(path: Path, device: str, metric: str | None, as_json: bool) ->
     from dpg_cli.cli.stages import Stages
     from dpg_cli.evidence.stock import Watcher
     from dpg_cli.selection.retrain import retrain
-    from dpg_cli.selection.select import keep_verdict
+    from dpg_cli.selection.select import home_of, keep_verdict
 
-    with Stages() as stages:
-        result = retrain(path, device, metric, Watcher(stages.stage, stages.progress))
+    place = path.absolute()
+    with Stages() as stages, contextlib.chdir(home_of(path)):
+        result = retrain(place, device, metric, Watcher(stages.stage, stages.progress))
     keep_verdict(path, result.as_dict())
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else "\n".join(result.lines()))
     if not result.verified:

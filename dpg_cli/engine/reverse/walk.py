@@ -118,13 +118,14 @@ def reverse(
     for one, state in zip(differences, point.differences, strict=False):
         one.go_on(state)
     left = total if point.left < 0 else point.left
+    errors: list[float] = []
     for place in reversed(range(left)):
         number = trace.start + place
         before, grad, remembered = trace.tape.pop()
         rows = trace.plan.rows[number]
         batch, weights = examples.at(rows), weights_of(weights_N, rows)
         width = batch.ids_N_S.shape[1]
-        errors: list[float] = []
+        compared = run.precision != "float32" and place in (0, left - 1)  # where the walk begins, to be refused early
         if queries > 1:
             remembered = remembered or Remembered(recording=run.second_order == "dual")
         if place == 0 and not trace.start:  # the first update of a fresh optimiser
@@ -132,8 +133,8 @@ def reverse(
         found: list[Tensor] = []
         for query in range(queries):
             exact: Tensor | None = None
-            if place == 0 and run.precision != "float32":
-                exact = exact_first_credits(run, stepper, bars[query], before, batch, weights, number)
+            if compared:
+                exact = exact_credits(run, stepper, bars[query], before, batch, weights, number, first=place == 0)
             last = query == queries - 1
             grad_bar, bar = stepper.adjoint(
                 bars[query], before, grad, trace.norms[place], number, consume=True, first=place == 0,
@@ -175,7 +176,8 @@ def reverse(
             if visits:
                 found.append(dual.token_B_S.sum(1))
             if exact is not None:
-                errors.append(precision_error(*map(run.ranks.sum_, (dual.token_B_S.clone(), exact))))
+                pair = map(run.ranks.sum_, (dual.token_B_S.clone(), exact))
+                errors.append(precision_error(*pair, number))
             made = dual.label_B_S_V
             if made is not None and total == 1 and isinstance(rows, slice) and made.shape[:2] == tokens.shape[1:]:
                 every = made  # of every example at once: no second copy of N · S · V numbers
@@ -280,26 +282,28 @@ def second_pass(run: TargetRun, *args: Any, remembered: Remembered | None = None
     return dual_pass(run, *args, remembered=remembered, **options)
 
 
-def exact_first_credits(
-    run: TargetRun, stepper: Stepper, bar: State, before: State, batch: Examples, weights_B: Tensor, number: int = 0
-) -> Tensor:
-    """Token credits of the first inner step in float32, its gradient and adjoint included: with a small ε the update is
+def exact_credits(
+    run: TargetRun, stepper: Stepper, bar: State, before: State, batch: Examples, weights_B: Tensor, number: int, *,
+    first: bool,
+) -> Tensor:  # fmt: skip
+    """Token credits of an inner step in float32, its gradient and adjoint included: with a small ε the update is
     nearly sign(g), and the rounding of g, harmless to the training, changes the derivative most.
 
     Args:
-        bar: the adjoints of the state after the first step.
+        bar: the adjoints of the state after the step.
         before: the state before it.
         number: t of that step.
+        first: whether no step came before it.
     """
     exact = replace(run, precision="float32")
     grad, _ = loss_gradient(exact, before.theta, batch, weights_B)
     norm = stepper.clip_(grad)
-    direction, _ = stepper.adjoint(bar, before, grad, norm, number, first=True)
+    direction, _ = stepper.adjoint(bar, before, grad, norm, number, first=first)
     return second_pass(exact, before.theta, direction, batch, weights_B, need_hvp=False, need_labels=False).token_B_S
 
 
-def precision_error(token_B_S: Tensor, exact_B_S: Tensor) -> float:
-    """Relative error of token credits.
+def precision_error(token_B_S: Tensor, exact_B_S: Tensor, number: int) -> float:
+    """Relative error of the token credits of inner step `number`.
 
     Raises:
         DegenerateError: if it is more than `WORST_PRECISION`.
@@ -308,7 +312,7 @@ def precision_error(token_B_S: Tensor, exact_B_S: Tensor) -> float:
     error = float((token_B_S - exact_B_S).norm()) / size if size else 0.0
     if not error <= WORST_PRECISION:
         raise DegenerateError(
-            f"In bf16 the credits of the first inner step are {error:.0%} off those of float32: they mean little.",
+            f"In bf16 the credits of inner step {number + 1} are {error:.0%} off those of float32: they mean little.",
             "Set inner.precision = 'float32', or raise inner.eps.",
         )
     return error

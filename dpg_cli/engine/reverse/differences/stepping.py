@@ -20,7 +20,9 @@ Hessian-vector products of those walked before it erred, by the size of θ̄. So
 
 A model that jumps (a gate at a tie) moves a prediction as far for a short step as for a long one: where predictions moved by
 more than `JUMP`, their credits count as wrong; where a step a hundred times shorter than one that did still moves some so far,
-that is enough.
+that is enough. A jump that is met within the step but not at its edge is passed by with a shorter one: its share of D grows as
+1 / ε like rounding's does, so that no equation tells them apart, and a check that ends above `POOR` tries shorter steps, as
+does a pass in which predictions that count jumped.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
 WORST = 0.05  # relative error of token credits, beyond which differences are refused
+POOR, SHORTER = 5e-3, 16.0  # beyond this error steps shorter by that factor are tried
 FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4 (one-sided: on 1/16)
 TOKENS = 64  # labels, at least, that either is measured on
 BEGIN = 1e-3  # of |θ|: the first step tried, in float32
 TRIES = 5
+FINE = 10.0  # times the error that a step of `aim` would have: good enough not to try a longer one
 AGAIN = 3  # times that a batch may be passed, where some of its rows went much further than those measured
 JUMP = {2: 0.1, 1: 0.01}  # by the order of the differences
 JUMPS = "a short step moves its predictions far: it has jumps (a router at a tie, rounding within), or is very curved"
@@ -113,6 +117,7 @@ class Differences:
     remedy: str
     walked: int = 0
     aim: float = 0.0
+    _precision: float = 0.0  # η
     _length: float = 0.0  # ε |ḡ| of the step before
     # relative errors of an inner step's credits and Hessian-vector product, as they were checked last
     _credits: Errors = field(init=False)
@@ -171,7 +176,8 @@ class Differences:
             )
             hvp = torch.zeros_like(theta) if need_hvp else None
             return DualResult(result.token_B_S, result.label_B_S_V, hvp, result.factor_B_S_2D)
-        self.aim = self.aim or torch.finfo(theta.dtype).eps ** (1 / (1 + self.order))
+        self._precision = torch.finfo(theta.dtype).eps
+        self.aim = self.aim or self._precision ** (1 / (1 + self.order))
         base = base or Base()
         if self.order == 1:
             labels = bool(need_labels) or sink is not None
@@ -208,12 +214,26 @@ class Differences:
                 need_labels=need_labels,
                 sink=sink,
             )
-            errors = (self._credits + self._product).scaled(*self._further(found))
-            factor = errors.best
-            if sink is not None or not errors.at(factor) < 0.3 * errors.at(1.0):
+            if sink is not None:
+                break
+            jumped, size = self._jumped(found)
+            if jumped > POOR**2 * size:
+                epsilon /= SHORTER
+                continue
+            factor = self._better((self._credits + self._product).scaled(*self._further(found)), 0.3)
+            if factor == 1.0:
                 break
             epsilon *= factor
         return found, epsilon
+
+    def _better(self, errors: Errors, share: float) -> float:
+        """The factor of the step that brings an error below a share of itself; 1 where none does.
+
+        No longer step is taken than one that does as well as the precision lets it: it may meet a jump.
+        """
+        factor, fine = errors.best, FINE * self._precision ** (self.order / (1 + self.order))
+        worth = errors.at(factor) < share * errors.at(1.0) and (factor < 1.0 or errors.at(1.0) > fine)
+        return factor if worth else 1.0
 
     def _further(self, found: Differenced) -> tuple[float, float]:
         """How much further than at the last check predictions were moved: those that count, and all."""
@@ -298,33 +318,42 @@ class Differences:
         some, weights, known = self._rows(batch, weights_B, FEW if self.order == 1 else QUARTER, self.walked, base)
         if self.order == 1:
             known = known.known(self.run, theta, some, weights, need_grad=need_hvp, need_losses=True)
-        for _ in range(2):
-            credits, product = self._errors(theta, direction, some, weights, epsilon, need_hvp, known)
-            both = credits + product
-            factor = both.best
-            if both.at(factor) > 0.5 * both.at(1.0):  # near enough
-                factor = 1.0
-            epsilon *= factor
-            self.aim *= factor
-            self._reference = self._reference[0] * factor, self._reference[1] * factor
-            self._credits = credits.scaled(factor)
-            if need_hvp:
-                self._product = product.scaled(factor)
-            if 1 / WIDE < factor < WIDE:
+
+        def mended(epsilon: float) -> tuple[float, Errors, Errors, tuple[float, float]]:
+            """A step near this one, its errors and how far it moves predictions."""
+            for _ in range(2):
+                credits, product, moved = self._errors(theta, direction, some, weights, epsilon, need_hvp, known)
+                factor = self._better(credits + product, 0.5)
+                epsilon *= factor
+                if 1 / WIDE < factor < WIDE:
+                    break
+            return epsilon, credits.scaled(factor), product.scaled(factor), (moved[0] * factor, moved[1] * factor)
+
+        taken = mended(epsilon)
+        for turn in range(1, AGAIN):
+            if (taken[1] + taken[2]).at(1.0) <= POOR:
                 break
-        return epsilon
+            shorter = mended(epsilon / SHORTER**turn)
+            if (shorter[1] + shorter[2]).at(1.0) < (taken[1] + taken[2]).at(1.0):
+                taken = shorter
+        self.aim *= taken[0] / epsilon
+        _, self._credits, product, self._reference = taken
+        if need_hvp:
+            self._product = product
+        return taken[0]
 
     def _errors(
         self, theta: Tensor, direction: Tensor, some: Examples, weights: Tensor, epsilon: float, need_hvp: bool,
         base: Base,
-    ) -> tuple[Errors, Errors]:  # fmt: skip
-        """Of credits, and of the Hessian-vector product."""
+    ) -> tuple[Errors, Errors, tuple[float, float]]:  # fmt: skip
+        """Of credits, and of the Hessian-vector product; and how far predictions are moved."""
         middle: DualResult | None = None
+        moved = 0.0, 0.0
         sizes, found = [0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]]
         for turn, factor in enumerate((1.0, WIDE, 1 / WIDE)):
             result = self._differ(theta, direction, some, weights, factor * epsilon, base, need_hvp=need_hvp)
             if middle is None:
-                middle, self._reference = result, self._moved(result)
+                middle, moved = result, self._moved(result)
                 sizes = [self._square(result.token_B_S, True), 0.0 if result.hvp is None else self._square(result.hvp)]
                 continue
             found[0][turn - 1] = self._square(result.token_B_S.sub_(middle.token_B_S), True)
@@ -333,12 +362,17 @@ class Differences:
         first, second = (
             Errors.of(wide, narrow, size, self.order) for (wide, narrow), size in zip(found, sizes, strict=True)
         )
-        return first, second
+        return first, second, moved
 
     def _square(self, values: Tensor, shared: bool = False) -> float:
         """|values|², of all ranks where each has its own rows."""
         square = float(torch.linalg.vector_norm(values)) ** 2
         return self.run.ranks.total(square) if shared else square
+
+    def _jumped(self, found: Differenced) -> tuple[float, float]:
+        """The squares of the credits whose predictions jumped, and of all."""
+        jumped = found.token_B_S * (found.moved_B_S > JUMP[self.order])
+        return self._square(jumped, True), self._square(found.token_B_S, True)
 
     def _account(self, found: Differenced, errors: Errors) -> tuple[float, float]:
         """Count the credits of an inner step, and their error; the squares of those that jumped, and of all.
@@ -346,8 +380,7 @@ class Differences:
         Args:
             errors: of the credits.
         """
-        size = self._square(found.token_B_S, True)
-        jumped = self._square(found.token_B_S * (found.moved_B_S > JUMP[self.order]), True)
+        jumped, size = self._jumped(found)
         self._all += size
         self._wrong += size * (errors.at(1.0) ** 2 + self._carried) + jumped
         return jumped, size
