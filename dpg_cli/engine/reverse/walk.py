@@ -114,7 +114,7 @@ def reverse(
         bar.theta.mul_(shares[-1])
     stats: dict[str, float] = {}
     differences = [Differences(run, remedy) for _ in range(queries)] if run.as_it_runs else []
-    beside = run.second_order == "one-sided"
+    beside = run.as_it_runs
     for one, state in zip(differences, point.differences, strict=False):
         one.go_on(state)
     left = total if point.left < 0 else point.left

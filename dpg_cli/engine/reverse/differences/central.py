@@ -8,6 +8,10 @@ its own, checkpoints. With h its hidden states (or its logits, where the head is
 each with an error of ε². The head's part of the credits has no difference in it, and the two gradients are summed into one
 vector piece by piece, so that what is rounded there is small. How long the step ε is: `stepping.py`. Source: DESIGN §7.
 
+Kinks and jumps between the two sides show in how uneven these are: |D₊ - D₋| / |D₊ + D₋|, with D± = ±(g± - g) / ε and the inner
+run's g, or with hidden states where no product is asked for. In a smooth model that goes by ε; a kink or a jump on one side makes
+it as large as its share of the difference, however few rows meet it.
+
 An embedding that gives its padding row no gradient is read at θ for padding tokens, with its gradient: stock training's
 <d, g> does not change with that row, but ∂<d, g>/∂θ is the true one. Models that cut their gradient elsewhere are refused
 (`selfcheck.py`).
@@ -15,6 +19,7 @@ An embedding that gives its padding row no gradient is read at θ for padding to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,9 +48,11 @@ class Differenced(DualResult):
     Attributes:
         moved_B_S: how far the prediction of a token went to either side: its hidden state (or its logits, without what they
             all share) by its own length, and its loss in nats, as one number; 0 where nothing is trained.
+        uneven: how far the two sides are from one another, relative to their sum; None where that was not asked for.
     """
 
     moved_B_S: Tensor = field(kw_only=True)
+    uneven: float | None = field(default=None, kw_only=True)
 
 
 def difference_pass(
@@ -58,21 +65,26 @@ def difference_pass(
     *,
     need_hvp: bool,
     need_labels: bool | Literal["factors"],
-    hvp_into: Tensor | None = None,
     sink: LabelSink | None = None,
     one_sided: bool = False,
+    judged: bool = False,
+    gradient: Tensor | None = None,
+    clip: float = 1.0,
 ) -> Differenced:
-    """What `dual_pass` gives, by central differences; its arguments are the same but for one.
+    """What `dual_pass` gives, by central differences; its arguments are the same but for these.
 
     Args:
         epsilon: ε, the step along the direction.
         one_sided: h at θ stands for h₋, and `hvp` has g₊ / ε alone, from which g / ε is yet to be taken.
+        judged: also measure how uneven the two sides are: where a product is asked for by `gradient`, else by the hidden states
+            at θ, which takes one more forward pass.
+        gradient, clip: c g at θ, shape (n,), not changed; and c.
     """
     scale, whole = 1.0 / run.normalizer(batch), batch
     batch = run.arranged(batch)
-    hvp = None
-    if need_hvp:
-        hvp = torch.zeros_like(theta) if hvp_into is None or run.ranks.world > 1 else hvp_into
+    hvp = torch.zeros_like(theta) if need_hvp else None
+    ahead = torch.zeros_like(theta) if need_hvp and judged and gradient is not None else hvp  # takes g₊ / 2ε
+    lean = theta.new_zeros(batch.ids_N_S.shape) if judged and not need_hvp else None
     tokens = theta.new_zeros(batch.ids_N_S.shape)
     moved = torch.zeros_like(tokens)
     every: Tensor | None = None
@@ -81,12 +93,13 @@ def difference_pass(
     for rows, piece in run.pieces(batch):
         marked = Labelled.of(piece, weights_B if piece.layout else weights_B[rows], scale)
         found = []
-        for shift, into in ((epsilon, hvp), (0.0, None)) if one_sided else ((epsilon, hvp), (-epsilon, hvp)):
+        for shift, into in ((epsilon, hvp), (0.0, None)) if one_sided else ((epsilon, ahead), (-epsilon, hvp)):
             torch.add(theta, direction, alpha=shift, out=side)
             found.append(_side(run, side, into, piece, marked, direction, shift, 1.0 if one_sided else 0.5))
         middle = found[1] if one_sided else (found[0] + found[1]) / 2
         tangent = (found[0] - found[1]) / (epsilon if one_sided else 2 * epsilon)
         del found
+        apart = None if lean is None else middle - _side(run, theta, None, piece, marked, direction, 0.0, 0.0)
         size = tangent.shape[-1] if head is None else head.layer.out_features
         if need_labels is True and every is None:
             every = theta.new_zeros(*batch.ids_N_S.shape, size)
@@ -108,20 +121,44 @@ def difference_pass(
             token_to.copy_(marked.spread(credit_M, token_to))
             own = marked.spread(own_M, token_to)
         moved[rows, :width] = own.hypot(token_to * (epsilon / scale))
-    if hvp is not None and hvp is not hvp_into:
+        if lean is not None and apart is not None:
+            ratio = _ratio(apart, tangent.view_as(apart), epsilon)
+            lean[rows, :width] = (
+                marked.spread(ratio, token_to) if head is not None else nn.functional.pad(ratio, (1, 0))
+            )
+    uneven = None
+    if lean is not None:
+        leans, credits = (run.ranks.total(float(each.double().square().sum())) for each in (lean * tokens, tokens))
+        uneven = math.sqrt(leans / credits) if credits else 0.0
+    if hvp is not None and ahead is not None and ahead is not hvp and gradient is not None:
+        hvp.add_(ahead)
         run.ranks.sum_(hvp)
-        hvp = hvp if hvp_into is None else hvp_into.add_(hvp)
+        run.ranks.sum_(ahead)
+        between = ahead.mul_(2).sub_(gradient, alpha=1 / (clip * epsilon)).sub_(hvp)
+        uneven = float(torch.linalg.vector_norm(between) / torch.linalg.vector_norm(hvp).clamp_min(_tiny(hvp)))
+    elif hvp is not None:
+        run.ranks.sum_(hvp)
     if batch.layout is not None:
         tokens, every = unpack(tokens, batch, whole), None if every is None else unpack(every, batch, whole)
         moved = unpack(moved, batch, whole)
         factored = None if factored is None else unpack(factored, batch, whole)
-    return Differenced(tokens, every, hvp, factored, moved_B_S=moved)
+    return Differenced(tokens, every, hvp, factored, moved_B_S=moved, uneven=uneven)
 
 
 def _movement(middle: Tensor, tangent: Tensor, epsilon: float) -> Tensor:
     """|ε ḣ| / |h| along the last axis."""
     length = torch.linalg.vector_norm(middle, dim=-1)
-    return torch.linalg.vector_norm(tangent, dim=-1).mul_(epsilon) / length.clamp_min(torch.finfo(middle.dtype).tiny)
+    return torch.linalg.vector_norm(tangent, dim=-1).mul_(epsilon) / length.clamp_min(_tiny(middle))
+
+
+def _ratio(apart: Tensor, tangent: Tensor, epsilon: float) -> Tensor:
+    """|(h₊ + h₋) / 2 - h| / |ε ḣ| along the last axis; 0 where nothing moved."""
+    length = torch.linalg.vector_norm(tangent, dim=-1).mul_(epsilon)
+    return torch.linalg.vector_norm(apart, dim=-1) / length.clamp_min(_tiny(length))
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
 
 
 def _side(

@@ -20,9 +20,11 @@ Hessian-vector products of those walked before it erred, by the size of θ̄. So
 
 A model that jumps (a gate at a tie) moves a prediction as far for a short step as for a long one: where predictions moved by
 more than `JUMP`, their credits count as wrong; where a step a hundred times shorter than one that did still moves some so far,
-that is enough. A jump that is met within the step but not at its edge is passed by with a shorter one: its share of D grows as
-1 / ε like rounding's does, so that no equation tells them apart, and a check that ends above `POOR` tries shorter steps, as
-does a pass in which predictions that count jumped.
+that is enough. A jump or a kink that is met within the step but not at its edge is passed by with a shorter one: its share of D
+grows as 1 / ε like rounding's does, so that no equation tells them apart, and a check that ends above `POOR` tries shorter steps.
+Checks see few rows and few inner steps. To both sides every step of all rows is also judged by how uneven its sides are
+(`central.py`), which in a smooth model goes by m: where they are `UNEVEN` times what a check found for that m, a shorter step
+tells which it was. Unevenness that falls with the step was curvature; another is an error, unless a shorter step has none.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from dpg_cli.engine.inner.target import TargetRun
 from dpg_cli.engine.records import Examples
-from dpg_cli.engine.reverse.differences.central import Differenced, difference_pass
+from dpg_cli.engine.reverse.differences.central import Differenced, difference_pass, reads_padding
 from dpg_cli.engine.reverse.differences.one_sided import Base, one_sided_pass
 from dpg_cli.engine.reverse.dual_pass import DualResult
 from dpg_cli.engine.soft import LabelSink
@@ -44,6 +46,8 @@ from dpg_cli.errors import DegenerateError
 
 WORST = 0.05  # relative error of token credits, beyond which differences are refused
 POOR, SHORTER = 5e-3, 16.0  # beyond this error steps shorter by that factor are tried
+UNEVEN = 4.0  # times what is expected of a smooth model
+CAUTION = 4.0  # to both sides, predictions are moved by so much less than truncation would ask for: fewer jumps are met
 FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4 (one-sided: on 1/16)
 TOKENS = 64  # labels, at least, that either is measured on
 BEGIN = 1e-3  # of |θ|: the first step tried, in float32
@@ -122,7 +126,8 @@ class Differences:
     # relative errors of an inner step's credits and Hessian-vector product, as they were checked last
     _credits: Errors = field(init=False)
     _product: Errors = field(init=False)
-    _reference: tuple[float, float] = (0.0, 0.0)  # m of the rows that were checked, see `_moved`
+    _reference: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the rows that were checked, see `_moved`
+    _excess: float = 0.0  # error of the step by what it met, beyond what checks tell
     _carried: float = 0.0  # square of what all products so far did to θ̄
     _wrong: float = 0.0  # squares of the errors of credits, and of credits
     _all: float = 0.0
@@ -137,12 +142,16 @@ class Differences:
 
     def _differ(
         self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, base: Base, *,
-        need_hvp: bool, need_labels: bool | Literal["factors"] = False, sink: LabelSink | None = None,
+        need_hvp: bool, need_labels: bool | Literal["factors"] = False, sink: LabelSink | None = None, judged: bool = False,
     ) -> Differenced:  # fmt: skip
-        """Differences of one step."""
+        """Differences of one step; `judged`: with how uneven its sides are, if it has two."""
         options: dict[str, Any] = {"need_hvp": need_hvp, "need_labels": need_labels, "sink": sink}
         if self.order == 1:
             return one_sided_pass(self.run, theta, direction, batch, weights_B, epsilon, base, **options)
+        if judged and not (
+            base.grad is not None and reads_padding(self.run, batch)
+        ):  # g lacks an embedding's padding row
+            options |= {"judged": True, "gradient": base.grad, "clip": base.clip}
         return difference_pass(self.run, theta, direction, batch, weights_B, epsilon, **options)
 
     def __call__(
@@ -162,7 +171,7 @@ class Differences:
         """See `dual_pass`, of which `remembered` is not used; the inner steps come from the last to the first.
 
         Args:
-            base: what the inner run knows of the batch, for one-sided differences.
+            base: what the inner run knows of the batch.
 
         Raises:
             DegenerateError: if the credits err by more than `WORST`.
@@ -177,7 +186,7 @@ class Differences:
             hvp = torch.zeros_like(theta) if need_hvp else None
             return DualResult(result.token_B_S, result.label_B_S_V, hvp, result.factor_B_S_2D)
         self._precision = torch.finfo(theta.dtype).eps
-        self.aim = self.aim or self._precision ** (1 / (1 + self.order))
+        self.aim = self.aim or self._precision ** (1 / (1 + self.order)) / (CAUTION if self.order == 2 else 1.0)
         base = base or Base()
         if self.order == 1:
             labels = bool(need_labels) or sink is not None
@@ -188,12 +197,13 @@ class Differences:
         found, epsilon = self._pass(theta, direction, batch, weights_B, epsilon, need_hvp, need_labels, sink, base)
         self._length = epsilon * length
         hvp, moved = found.hvp, self._further(found)
-        jumped, size = self._account(found, self._credits.scaled(*moved))
+        jumped, size = self._account(found, self._credits.scaled(*moved), 0.0 if need_hvp else self._excess)
         if hvp is not None and hvp_into is not None:
             product = float(torch.linalg.vector_norm(hvp))
             hvp = hvp_into.add_(hvp)
             size_after = max(float(torch.linalg.vector_norm(hvp)), torch.finfo(hvp.dtype).tiny)
-            self._carried += (self._product.scaled(*moved).at(1.0) * product / size_after) ** 2
+            error = math.hypot(self._product.scaled(*moved).at(1.0), self._excess)
+            self._carried += (error * product / size_after) ** 2
         self._refuse(jumped, size)
         return DualResult(found.token_B_S, found.label_B_S_V, hvp, found.factor_B_S_2D)
 
@@ -201,7 +211,9 @@ class Differences:
         self, theta: Tensor, direction: Tensor, batch: Examples, weights_B: Tensor, epsilon: float, need_hvp: bool,
         need_labels: bool | Literal["factors"], sink: LabelSink | None, base: Base,
     ) -> tuple[Differenced, float]:  # fmt: skip
-        """All rows, and ε; again where that makes it much better, since some went much further than those measured."""
+        """All rows, and ε; again where that makes it much better, since some went further than those measured, or met a jump."""
+        best: tuple[float, Differenced, float] | None = None  # error, and what to return
+        before = 0.0  # how uneven a longer step was
         for _ in range(AGAIN):
             found = self._differ(
                 theta,
@@ -213,18 +225,28 @@ class Differences:
                 need_hvp=need_hvp,
                 need_labels=need_labels,
                 sink=sink,
+                judged=True,
             )
+            errors = (self._credits + self._product).scaled(*self._further(found))
+            jumped, size = self._jumped(found)
+            _, moved, uneven = self._moved(found)
+            smooth = self._reference[2] * moved / (self._reference[1] or math.inf)
+            allowed = UNEVEN * math.hypot(smooth, 2 * math.sqrt(errors.rounding))
+            if before and SHORTER / 2 < before / (uneven or before) < 2 * SHORTER:  # it was curvature
+                allowed = uneven
+            excess = max(math.sqrt(jumped / size) if size else 0.0, uneven if uneven > allowed else 0.0)
+            error = math.hypot(errors.at(1.0), excess)
+            if best is None or error < best[0]:
+                best, self._excess = (error, found, epsilon), uneven if uneven > allowed else 0.0
             if sink is not None:
                 break
-            jumped, size = self._jumped(found)
-            if jumped > POOR**2 * size:
-                epsilon /= SHORTER
-                continue
-            factor = self._better((self._credits + self._product).scaled(*self._further(found)), 0.3)
+            factor = 1 / SHORTER if excess > POOR else self._better(errors, 0.3)
             if factor == 1.0:
                 break
+            before = uneven if factor == 1 / SHORTER else 0.0
             epsilon *= factor
-        return found, epsilon
+        assert best is not None
+        return best[1], best[2]
 
     def _better(self, errors: Errors, share: float) -> float:
         """The factor of the step that brings an error below a share of itself; 1 where none does.
@@ -238,7 +260,7 @@ class Differences:
     def _further(self, found: Differenced) -> tuple[float, float]:
         """How much further than at the last check predictions were moved: those that count, and all."""
         pairs = zip(self._moved(found), self._reference, strict=True)
-        count, every = (moved / before if moved > 0 and before > 0 else 1.0 for moved, before in pairs)
+        count, every, _ = (moved / before if moved > 0 and before > 0 else 1.0 for moved, before in pairs)
         return count, every
 
     def state(self) -> list[float]:
@@ -251,8 +273,8 @@ class Differences:
 
     def go_on(self, state: list[float]) -> None:
         """Go on where another process was."""
-        walked, self.aim, self._length, first, second, self._carried, self._wrong, self._all, *errors = state
-        self.walked, self._reference = int(walked), (first, second)
+        walked, self.aim, self._length, first, second, third, self._carried, self._wrong, self._all, *errors = state
+        self.walked, self._reference = int(walked), (first, second, third)
         self._credits, self._product = (Errors(errors[at], errors[at + 1], self.order) for at in (0, 2))
 
     @property
@@ -270,8 +292,9 @@ class Differences:
         some = batch.rows(start, start + count)
         return some, weights_B[start : start + count], base.rows(start, start + count, some.ids_N_S.shape[1])
 
-    def _moved(self, found: Differenced) -> tuple[float, float]:
-        """m of some rows: (Σ τ² m⁴ / Σ τ²)^¼, what truncation goes by (one-sided: with m², ^½), and the root mean square."""
+    def _moved(self, found: Differenced) -> tuple[float, float, float]:
+        """m of some rows: (Σ τ² m⁴ / Σ τ²)^¼, what truncation goes by (one-sided: with m², ^½), and the root mean square; and how
+        uneven the sides are."""
         credits, moved = found.token_B_S.double(), found.moved_B_S.double()
         sums = (
             credits.square().sum(),
@@ -280,7 +303,8 @@ class Differences:
             moved.square().sum(),
         )
         size, total, count, plain = (self.run.ranks.total(float(each)) for each in sums)
-        return (total / size) ** (0.5 / self.order) if size > 0 else 0.0, math.sqrt(plain / count) if count else 0.0
+        weighted = (total / size) ** (0.5 / self.order) if size > 0 else 0.0
+        return weighted, math.sqrt(plain / count) if count else 0.0, found.uneven or 0.0
 
     def _epsilon(
         self, theta: Tensor, direction: Tensor, length: float, batch: Examples, weights_B: Tensor, base: Base
@@ -296,7 +320,7 @@ class Differences:
         far = 0.0  # the shortest step that moved predictions by a jump
         for _ in range(TRIES):
             found = self._differ(theta, direction, some, weights, step, known, need_hvp=False)
-            moved, _ = self._moved(found)
+            moved, _, _ = self._moved(found)
             if JUMP[self.order] < moved < math.inf:
                 if step * 100 < far:
                     raise self._refusal(JUMPS)
@@ -316,10 +340,9 @@ class Differences:
     ) -> float:  # fmt: skip
         """Measure the errors of a step, and mend it."""
         some, weights, known = self._rows(batch, weights_B, FEW if self.order == 1 else QUARTER, self.walked, base)
-        if self.order == 1:
-            known = known.known(self.run, theta, some, weights, need_grad=need_hvp, need_losses=True)
+        known = known.known(self.run, theta, some, weights, need_grad=need_hvp, need_losses=self.order == 1)
 
-        def mended(epsilon: float) -> tuple[float, Errors, Errors, tuple[float, float]]:
+        def mended(epsilon: float) -> tuple[float, Errors, Errors, tuple[float, float, float]]:
             """A step near this one, its errors and how far it moves predictions."""
             for _ in range(2):
                 credits, product, moved = self._errors(theta, direction, some, weights, epsilon, need_hvp, known)
@@ -327,7 +350,10 @@ class Differences:
                 epsilon *= factor
                 if 1 / WIDE < factor < WIDE:
                     break
-            return epsilon, credits.scaled(factor), product.scaled(factor), (moved[0] * factor, moved[1] * factor)
+            rounding = 2 * (product if need_hvp else credits).rounding ** 0.5
+            smooth = math.sqrt(max(0.0, moved[2] ** 2 - rounding**2))  # the rest of it falls with longer steps
+            reached = moved[0] * factor, moved[1] * factor, smooth * factor
+            return epsilon, credits.scaled(factor), product.scaled(factor), reached
 
         taken = mended(epsilon)
         for turn in range(1, AGAIN):
@@ -345,13 +371,15 @@ class Differences:
     def _errors(
         self, theta: Tensor, direction: Tensor, some: Examples, weights: Tensor, epsilon: float, need_hvp: bool,
         base: Base,
-    ) -> tuple[Errors, Errors, tuple[float, float]]:  # fmt: skip
+    ) -> tuple[Errors, Errors, tuple[float, float, float]]:  # fmt: skip
         """Of credits, and of the Hessian-vector product; and how far predictions are moved."""
         middle: DualResult | None = None
-        moved = 0.0, 0.0
+        moved = 0.0, 0.0, 0.0
         sizes, found = [0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]]
         for turn, factor in enumerate((1.0, WIDE, 1 / WIDE)):
-            result = self._differ(theta, direction, some, weights, factor * epsilon, base, need_hvp=need_hvp)
+            result = self._differ(
+                theta, direction, some, weights, factor * epsilon, base, need_hvp=need_hvp, judged=middle is None
+            )
             if middle is None:
                 middle, moved = result, self._moved(result)
                 sizes = [self._square(result.token_B_S, True), 0.0 if result.hvp is None else self._square(result.hvp)]
@@ -374,15 +402,15 @@ class Differences:
         jumped = found.token_B_S * (found.moved_B_S > JUMP[self.order])
         return self._square(jumped, True), self._square(found.token_B_S, True)
 
-    def _account(self, found: Differenced, errors: Errors) -> tuple[float, float]:
+    def _account(self, found: Differenced, errors: Errors, excess: float) -> tuple[float, float]:
         """Count the credits of an inner step, and their error; the squares of those that jumped, and of all.
 
         Args:
-            errors: of the credits.
+            errors, excess: of the credits.
         """
         jumped, size = self._jumped(found)
         self._all += size
-        self._wrong += size * (errors.at(1.0) ** 2 + self._carried) + jumped
+        self._wrong += size * (errors.at(1.0) ** 2 + excess**2 + self._carried) + jumped
         return jumped, size
 
     def _refuse(self, jumped: float, size: float) -> None:
