@@ -446,7 +446,7 @@ def test_a_walk_goes_on_where_another_process_was() -> None:
     run: Any = SimpleNamespace(second_order="difference")
     first, second = Differences(run, ""), Differences(run, "")
     first.walked, first.aim, first._carried, first._product = 5, 1e-3, 2e-8, Errors(1e-9, 2e-9)
-    first._wrong, first._all, first._reference, first._length = 1e-6, 2.0, (3e-3, 4e-3), 7.0
+    first._wrong, first._all, first._reference, first._length = 1e-6, 2.0, (3e-3, 4e-3, 5e-3), 7.0
     second.go_on(first.state())
     assert second == first and second.error == pytest.approx((0.5e-6) ** 0.5)
 
