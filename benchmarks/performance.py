@@ -79,7 +79,7 @@ def metagradient() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     about, bf16, peaks = [], [], {row["workload"]: row for row in raw("peaks").get("rows", [])}
-    for name in ("small", "t32", "w3", "w3ours", "moe"):
+    for name in ("small", "t1", "t32", "w3", "w3ours", "moe"):
         found = raw(name)
         for row in found.get("rows", []):
             row = row | {k: v for k, v in peaks.get(row["workload"], {}).items() if k.endswith("_mb")}
@@ -224,6 +224,86 @@ def planted() -> str:
         f"rank correlation {each['ranks']:.5f}, {each['seconds']:.0f} s."
         for way, each in row.get("differences", {}).items()
     ]
+    if chosen := row.get("selection"):
+        rates = ", ".join(
+            f"{chosen[key]['rate_es']:.1%} {what}"
+            for key, what in (
+                ("all", "of all rows"),
+                ("selected", "of those that stay"),
+                ("never_planted", "of data that never had the planted rows"),
+            )
+        )
+        losses = ", ".join(
+            f"{language} {chosen['all'][f'loss_{code}']:.3f} -> {chosen['selected'][f'loss_{code}']:.3f}"
+            for code, language in (("en", "English"), ("de", "German"))
+        )
+        lines += [
+            "",
+            f"`dpg select --drop {row['planted']} --side helpful` leaves {chosen['planted_left']} of the planted rows. Retrained by stock PyTorch,",
+            f"a target answers in Spanish: {rates}. Loss on held-out answers, all rows -> those that stay: {losses}.",
+            f"Φ changed by {chosen['measured']:+.3f}",
+            f"(predicted {chosen['predicted']:+.3f}: each score is of one row, while the others still teach it)"
+            + (", both on the page of the scores." if chosen["on_the_page"] else "."),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def queries() -> str:
+    """The section of `many_queries.py`."""
+    found = raw("queries")
+    if not found:
+        return ""
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    lines = [
+        f"## {found['queries']} questions in one walk",
+        "",
+        f"`python benchmarks/many_queries.py --bergson PYTHON`: W1, {threads}, {found['machine']},",
+        f"{len(found['rows'])} repeats, {found['date']}.",
+        f"{found['queries']} questions take **{found['ours_many_to_one']:.1f} times** one question's time (each needs its own",
+        "Hessian-vector product at every step: docs/log.md, 2026-11-28); bergson, a run for each question, takes",
+        f"**{found['bergson_to_ours']:.2f} times** as long as ours, {found['bergson_trained_once_to_ours']:.2f} times with its training counted once.",
+        f"The scores differ by at most {found['largest_difference']:.0e}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def zoo() -> str:
+    """The section of `python -m tests.zoo.differences`."""
+    path = HERE / "results" / "differences-zoo.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    every = [row for row in found["architectures"] if row["way"] != "exact"]
+    lines = [
+        "## Differences over the zoo",
+        "",
+        f"`python -m tests.zoo.differences`: every architecture of `tests/zoo/table.py` in float32, {found['rows']} rows of {found['tokens']}",
+        "tokens, four steps of AdamW; *said* is the engine's estimate. Left out of the worst: tiny models whose exact credits in float32 are",
+        "themselves more than 1e-3 off those in float64.",
+        "",
+        "| way | architectures | refused | error, median | worst | said / error | rank correlation, least | above 1e-2 | said less than a fifth |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    chaotic = sorted({row["model_type"] for row in every if (row.get("float32") or 0.0) > 1e-3})
+    for way in ("difference", "one-sided"):
+        rows = [row for row in every if row["way"] == way and row["model_type"] not in chaotic]
+        judged = [row for row in rows if "error" in row]
+        shares = [row["said"] / row["error"] for row in judged]
+        above, below = (
+            ", ".join(
+                f"{row['model_type']} ({row['error']:.1e}, said {row['said']:.1e})" for row in judged if test(row)
+            )
+            or "none"
+            for test in (lambda row: row["error"] > 1e-2, lambda row: row["said"] < row["error"] / 5)
+        )
+        refused = ", ".join(row["model_type"] for row in rows if "error" not in row) or "none"
+        lines.append(
+            f"| {way} | {len(rows)} | {refused} | {statistics.median(row['error'] for row in judged):.1e} | "
+            f"{max(row['error'] for row in judged):.1e} | {min(shares):.2f} to {max(shares):.2f} | "
+            f"{min(row['rank_correlation'] for row in judged):.5f} | {above} | {below} |"
+        )
+    if chaotic:
+        lines += ["", f"Left out: {', '.join(chaotic)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -464,7 +544,9 @@ def main() -> None:
         memory(),
         attribute(),
         planted(),
+        queries(),
         variants(),
+        zoo(),
         lengths(),
         bergson_recipes(),
         head_policy(),

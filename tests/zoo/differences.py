@@ -9,6 +9,7 @@ in float64: where that is large, the run itself is chaotic at these sizes, and n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -58,8 +59,9 @@ def compared(row: Row) -> list[dict[str, Any]]:
         model = tiny_model(row.model_type, tie_word_embeddings=tied, **row.options).to(dtype)
         return metagradient(model, examples, SPEC, metric, batch_size=BATCH, second_order=way)
 
-    exact, fine = credits("exact"), credits("exact", torch.float64)
-    rounded = distance(exact.token_N_S, fine.token_N_S)
+    exact, rounded = credits("exact"), None
+    with contextlib.suppress(RuntimeError):  # a model that computes in float32 within
+        rounded = distance(exact.token_N_S, credits("exact", torch.float64).token_N_S)
     found = []
     for way in WAYS:
         line: dict[str, Any] = {"model_type": row.model_type, "tied": tied, "way": way, "float32": rounded}
