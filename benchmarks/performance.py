@@ -239,9 +239,9 @@ def planted() -> str:
         )
         lines += [
             "",
-            f"`dpg select --drop {row['planted']} --side helpful` leaves {chosen['planted_left']} of the planted rows. Retrained by stock PyTorch,",
-            f"a target answers in Spanish: {rates}. Loss on held-out answers, all rows -> those that stay: {losses}.",
-            f"Φ changed by {chosen['measured']:+.3f}",
+            f"`dpg select --drop {row['planted']} --side helpful` leaves {chosen['planted_left']} of the planted rows.",
+            f"Retrained by stock PyTorch, a target answers in Spanish: {rates}.",
+            f"Loss on held-out answers, all rows -> those that stay: {losses}. Φ changed by {chosen['measured']:+.3f}",
             f"(predicted {chosen['predicted']:+.3f}: each score is of one row, while the others still teach it)"
             + (", both on the page of the scores." if chosen["on_the_page"] else "."),
         ]
@@ -261,8 +261,8 @@ def queries() -> str:
         f"{len(found['rows'])} repeats, {found['date']}.",
         f"{found['queries']} questions take **{found['ours_many_to_one']:.1f} times** one question's time (each needs its own",
         "Hessian-vector product at every step: docs/log.md, 2026-11-28); bergson, a run for each question, takes",
-        f"**{found['bergson_to_ours']:.2f} times** as long as ours, {found['bergson_trained_once_to_ours']:.2f} times with its training counted once.",
-        f"The scores differ by at most {found['largest_difference']:.0e}.",
+        f"**{found['bergson_to_ours']:.2f} times** as long as ours, with its training counted once",
+        f"{found['bergson_trained_once_to_ours']:.2f} times. The scores differ by at most {found['largest_difference']:.0e}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -281,7 +281,7 @@ def zoo() -> str:
         "tokens, four steps of AdamW; *said* is the engine's estimate. Left out of the worst: tiny models whose exact credits in float32 are",
         "themselves more than 1e-3 off those in float64.",
         "",
-        "| way | architectures | refused | error, median | worst | said / error | rank correlation, least | above 1e-2 | said less than a fifth |",
+        "| way | architectures | refused | error, median | worst | said / error | least rank correlation | above 1e-2 | said below a fifth |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     chaotic = sorted({row["model_type"] for row in every if (row.get("float32") or 0.0) > 1e-3})

@@ -29,6 +29,7 @@ CASES = {
         "l2-shrink",
         ["policy.kl=0.1", "policy.epochs=2", "inner.optimizer=sgd", "inner.momentum=0.9"],
     ),
+    "moments of eight bits": ("pattern-67", ["policy.optimizer_states=8bit"]),
     "a generator's adapters, checkpoints, bf16": (
         "pattern-67",
         [

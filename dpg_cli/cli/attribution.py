@@ -154,7 +154,9 @@ def show_result(result: Attribution, out: Path) -> None:
     if result.clipped_share is not None:
         lines.append(f"The gradient was clipped on {result.clipped_share:.0%} of the steps.")
     if result.precision_error is not None:
-        lines.append(f"bf16: token scores of the first and the last step are at most {result.precision_error:.1%} off those of float32.")
+        lines.append(
+            f"bf16: token scores of the first and the last step are at most {result.precision_error:.1%} off those of float32."
+        )
     if result.difference_error is not None:
         lines.append(
             f"By differences: token scores are about {result.difference_error:.1e} off, relative to all of them."

@@ -18,6 +18,7 @@ from dpg_cli.engine.attribution import AttributionSpec
 from dpg_cli.engine.generator.agreement import Agreement, agreement
 from dpg_cli.engine.generator.alphabet import restricted
 from dpg_cli.engine.generator.contexts import standard_head
+from dpg_cli.engine.generator.optimizer import policy_optimizer
 from dpg_cli.engine.generator.policy import PolicySpec
 from dpg_cli.engine.generator.rollout import Sampling
 from dpg_cli.engine.generator.step.sharing import obstacle
@@ -30,7 +31,7 @@ from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.whole.policy import WholePolicy
 from dpg_cli.errors import UsageError
 from dpg_cli.models.fingerprint import Fingerprint, fingerprint
-from dpg_cli.models.hub import first_line
+from dpg_cli.models.hub import first_line, require
 from dpg_cli.models.loading import (
     LanguageModel,
     load_generator,
@@ -105,6 +106,8 @@ def build(config: Config, named_metric: str | None = None, ranks: Ranks = ALONE)
     """
     if config.policy.parameters == "lora":
         require_modules(module_names(config.models.generator), config.policy.lora_modules, "generator")
+    if config.policy.optimizer_states == "8bit":
+        require("bitsandbytes", "8bit", "policy.optimizer_states = '8bit'")
     if config.trainer == "trl":
         require_trl(config, ranks)
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
@@ -189,7 +192,7 @@ def checkpoint_activations(generator: LanguageModel) -> None:
 
 def policy_of(
     config: Config, generator: LanguageModel
-) -> tuple[torch.optim.AdamW | None, NaturalPolicy | WholePolicy | None]:
+) -> tuple[torch.optim.Optimizer | None, NaturalPolicy | WholePolicy | None]:
     """The optimiser of the generator's parameters, or its natural steps; parameters that stay as they are get no gradient.
 
     Raises:
@@ -215,8 +218,9 @@ def policy_of(
         whole = WholePolicy(spec, generator.model, policy.micro_batch)
         whole.require_products(generator.name)
         return None, whole
-    optimizer = torch.optim.AdamW(
+    optimizer = policy_optimizer(
         [parameter for parameter in generator.model.parameters() if parameter.requires_grad],
+        policy.optimizer_states,
         lr=policy.lr,
         betas=(policy.beta1, policy.beta2),
         eps=policy.eps,

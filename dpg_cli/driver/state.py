@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpg_cli.engine.generator.optimizer import moments_of, put, step_of
 from dpg_cli.engine.loop import Players
 
 State = dict[str, dict[str, Tensor]]  # part -> name -> tensor
 PartLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; its step counter is a float32 scalar
 NATURAL = ("trust", "phi")  # of natural steps, float64 scalars
 
 
@@ -27,16 +27,15 @@ def capture(players: Players) -> State:
     """The state between two outer steps.
 
     Returns:
-        Parts "generator" (parameters), "optimizer" (step and moments of each parameter, zeros where it has none yet; or the
+        Parts "generator" (parameters), "optimizer" (step and moments of each parameter, see `moments_of`; or the
         trust region and Φ of natural steps) and "rng" (uint8 states of sampling, of the order of mini-batches, and of torch's
         own generators). Tensors are views where that is possible: use or copy them before the next outer step.
     """
     optimizer: dict[str, Tensor] = {}
     for name, parameter in trained(players).items() if players.natural is None else ():
-        known = players.policy.state.get(parameter, {})
-        optimizer[f"step/{name}"] = known.get("step", torch.zeros(()))
-        for moment in MOMENTS:
-            optimizer[f"{moment}/{name}"] = known.get(moment, torch.zeros_like(parameter)).detach()
+        optimizer[f"step/{name}"] = step_of(players.policy, parameter)
+        for moment, tensor in moments_of(players.policy, parameter).items():
+            optimizer[f"{moment}/{name}"] = tensor
     if players.natural is not None:
         optimizer = {name: torch.tensor(getattr(players.natural, name), dtype=torch.float64) for name in NATURAL}
     return {
@@ -50,11 +49,13 @@ def layout(players: Players) -> dict[str, PartLayout]:
     """Names, shapes and dtypes that a state of these players has."""
     parameters = trained(players)
     shapes: PartLayout = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    moments: PartLayout = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in shapes.items()}
-    steps: PartLayout = {f"step/{name}": ((), torch.float32) for name in shapes}
-    optimizer = steps | moments
-    if players.natural is not None:
-        optimizer = dict.fromkeys(NATURAL, ((), torch.float64))
+    optimizer: PartLayout = dict.fromkeys(NATURAL, ((), torch.float64))
+    if players.natural is None:
+        optimizer = {f"step/{name}": ((), torch.float32) for name in shapes} | {
+            f"{moment}/{name}": (tuple(tensor.shape), tensor.dtype)
+            for name, parameter in parameters.items()
+            for moment, tensor in moments_of(players.policy, parameter).items()
+        }
     rng: PartLayout = {name: (tuple(state.shape), state.dtype) for name, state in _rng_states(players).items()}
     return {"generator": shapes, "optimizer": optimizer, "rng": rng}
 
@@ -71,7 +72,7 @@ def check(players: Players, state: State) -> None:
                 raise ValueError(f"{name} is not finite")
             if name == "trust" and not tensor > 0:
                 raise ValueError("the trust region is not positive")
-            if name.startswith(("step/", "exp_avg_sq/")) and bool((tensor < 0).any()):
+            if name.startswith(("step/", "exp_avg_sq/", "absmax")) and bool((tensor < 0).any()):
                 raise ValueError(f"{name} is negative")
     for name, tensor in state["rng"].items():
         device = players.rng.device if name in ("sampling", "device") else torch.device("cpu")
@@ -87,10 +88,9 @@ def restore(players: Players, state: State) -> None:
     for name, parameter in trained(players).items():
         parameter.copy_(state["generator"][name])
         if players.natural is None:
-            players.policy.state[parameter] = {
-                "step": state["optimizer"][f"step/{name}"].clone(),
-                **{m: state["optimizer"][f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS},
-            }
+            known = state["optimizer"]
+            moments = {moment: known[f"{moment}/{name}"] for moment in moments_of(players.policy, parameter)}
+            put(players.policy, parameter, known[f"step/{name}"], moments)
     if players.natural is not None:
         for name in NATURAL:
             setattr(players.natural, name, float(state["optimizer"][name]))
@@ -110,10 +110,10 @@ def follow_first(players: Players) -> None:
         ranks.copy_from_first_(parameter)
         if players.natural is not None:
             continue
-        known = players.policy.state[parameter]
-        ranks.copy_from_first_(known.setdefault("step", torch.zeros(())))
-        for moment in MOMENTS:
-            ranks.copy_from_first_(known.setdefault(moment, torch.zeros_like(parameter)))
+        step, moments = step_of(players.policy, parameter), moments_of(players.policy, parameter)
+        for tensor in (step, *moments.values()):
+            ranks.copy_from_first_(tensor)
+        put(players.policy, parameter, step, moments)
     if players.natural is not None:
         for name in NATURAL:
             number = torch.tensor(getattr(players.natural, name), dtype=torch.float64)

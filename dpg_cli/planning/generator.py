@@ -21,6 +21,7 @@ from dpg_cli.engine.reverse.choice import activation_numbers
 from dpg_cli.planning.job import Job
 
 ACTIVATIONS, UNGRAPHED, LOGITS = 60, 12, 6  # hidden vectors a token and layer; vectors of one layer; tables of logits
+QUANTISED = 2 / 4 + 2 / 256  # two moments of a byte with a scale for 256 of them, in float32 numbers
 HEAD_VECTORS, WHOLE_VECTORS, PROBES = 4, 5, 4
 
 
@@ -32,7 +33,8 @@ def trained(job: Job) -> int:
 def resident(job: Job) -> float:
     """Bytes that are held throughout."""
     own = job.generator.parameters
-    more = trained(job) if job.step == "natural" else 3 * trained(job) + own * job.reference
+    moments = QUANTISED if job.quantised else 2
+    more = trained(job) if job.step == "natural" else (1 + moments) * trained(job) + own * job.reference
     return float((own + more) * job.element)
 
 

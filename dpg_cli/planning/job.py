@@ -138,6 +138,7 @@ class Job:
     soft: bool = False
     hears_noise: bool = False
     checkpointing: bool = False
+    quantised: bool = False
     dataset: int = 0
     control: bool = True
     metric_tokens: int = 0
@@ -219,6 +220,7 @@ def job_of(config: Config, generator: Size, target: Size, prompt_tokens: int = 0
         soft=config.inner.labels == "soft",
         hears_noise=isinstance(config.metric, PatternOptions) and (config.inner_steps == 1 or config.metric.margin > 0),
         checkpointing=config.policy.gradient_checkpointing,
+        quantised=config.policy.optimizer_states == "8bit",
         dataset=config.dataset.examples,
         control=config.dataset.control,
         metric_tokens=read_by(config),

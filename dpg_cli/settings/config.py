@@ -328,6 +328,7 @@ def _policy_faults(config: Config) -> str:
             "micro_batch_tokens": policy.micro_batch_tokens != 0,
             "gradient_checkpointing": policy.gradient_checkpointing,
             "precision": policy.precision != "float32",
+            "optimizer_states": policy.optimizer_states != "float32",
         }
         for name in [name for name, asked in lean.items() if asked]:
             return f"policy.{name}: is for policy.step = 'adamw'; natural steps have no such thing, leave it out"

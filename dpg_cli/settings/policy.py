@@ -48,6 +48,9 @@ class PolicyConfig(Section):
     beta2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
+    optimizer_states: Literal["float32", "8bit"] = Field(
+        "float32", description="adamw: what its moments are kept as; 8bit: a byte each, by bitsandbytes (extra `8bit`)"
+    )
     max_grad_norm: NonNegative = Field(1.0, description="0 turns clipping off")
     clip: Positive = Field(0.2, description="ratio clipping range of PPO/GRPO")
     epochs: PositiveInt = 1
