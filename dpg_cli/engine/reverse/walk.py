@@ -176,8 +176,8 @@ def reverse(
             if visits:
                 found.append(dual.token_B_S.sum(1))
             if exact is not None:
-                pair = map(run.ranks.sum_, (dual.token_B_S.clone(), exact))
-                errors.append(precision_error(*pair, number))
+                rounded = run.ranks.sum_(dual.token_B_S.clone())
+                errors.append(precision_error(rounded, run.ranks.sum_(exact), number))
             made = dual.label_B_S_V
             if made is not None and total == 1 and isinstance(rows, slice) and made.shape[:2] == tokens.shape[1:]:
                 every = made  # of every example at once: no second copy of N · S · V numbers
