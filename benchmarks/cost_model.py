@@ -26,12 +26,12 @@ CASES = {  # name: threads, task and settings
     "pattern-67, N = 256, T = 8": (2, "pattern-67", ("inner.batch_size=32",)),
     "l2-shrink": (2, "l2-shrink", ()),
     "language-rephrase": (2, "language-rephrase", ()),
-    "qr-embed by natural steps": (2, "qr-embed.prose", ()),
-    "l2-shrink by natural steps": (2, "l2-shrink.prose", ("prompts.per_step=1024", "inner.batch_size=1024")),
+    "qr-embed by natural steps": (1, "qr-embed.prose", ("dataset.examples=8192", "policy.kl_budget=0.1")),
+    "l2-shrink by natural steps": (1, "l2-shrink.prose", ("prompts.per_step=1024", "inner.batch_size=1024")),
     "pattern-67 by natural steps, 8,192 tokens": (
-        2,
+        1,
         "pattern-67.prose",
-        ("prompts.per_step=256", "inner.batch_size=256"),
+        ("prompts.per_step=256", "inner.batch_size=256", "dataset.examples=4096"),
     ),
 }
 
@@ -41,7 +41,7 @@ def measure(threads: int, task: str, settings: tuple[str, ...], steps: int) -> d
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
     name, _, scale = task.partition(".")
     command = [sys.executable, "-m", "dpg_cli", "run", name, "--scale", scale or "tiny"]
-    for setting in (*settings, f"steps={steps}", "dataset.examples=16", "dataset.control=false"):
+    for setting in ("dataset.examples=16", *settings, f"steps={steps}", "dataset.control=false"):
         command += ["--set", setting]
     dry = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True, text=True, env=environment)
     cost = json.loads(dry.stdout)["cost"]
