@@ -42,7 +42,7 @@ NOTES = """## What the figures mean
 - GPT-2's dropout stays on in the paper's inner run. Ours is off (`model.eval()`): with it off the inner run is a deterministic
   function of data and weights, which finite differences, resuming and `dpg verify` rely on.
 - `bf16` rounds the operands of the backbone's linear maps; states, gradients, adjoints, Hessian-vector products, norms, attention,
-  LM head and cross-entropy stay float32. An attribution is refused where the credits of the first inner step, recomputed in
+  LM head and cross-entropy stay float32. An attribution is refused where the credits of the last or the first inner step, recomputed in
   float32 with its gradient and adjoint, differ by more than a quarter: with ε far below the gradients the update is nearly sign(g), and
   rounding g changes its derivative most. Comparing only a later step misses this: 0.7 % there stood beside 42 % in the scores.
 """
