@@ -383,3 +383,28 @@ class Credit:
         if self.label_N_K_V is None:
             raise ValueError("the credit of labels was not asked for")
         return self.label_N_K_V.flatten(0, 1)[place_M]
+
+    def rows(self, index: Tensor, width: int) -> Credit:
+        """The rows of a 1-D index, cut to `width` columns."""
+        return replace(
+            self,
+            advantage_N_K=self.advantage_N_K[index, :width],
+            label_N_K_V=None if self.label_N_K_V is None else self.label_N_K_V[index, :width],
+            factors=None if self.factors is None else self.factors.take(index).placed(width, self.factors.offset),
+        )
+
+    def weighted(self, weight_N_K: Tensor) -> Credit:
+        """The same under importance weights.
+
+        Args:
+            weight_N_K: of each sampled token, which leave rewards of labels alone: these are summed over all tokens, drawn or
+                not; or of a whole completion, (N, 1), which weigh both.
+        """
+        weighted = replace(self, advantage_N_K=self.advantage_N_K * weight_N_K)
+        if weight_N_K.shape[1] != 1:
+            return weighted
+        return replace(
+            weighted,
+            label_N_K_V=None if self.label_N_K_V is None else self.label_N_K_V * weight_N_K[..., None],
+            factors=None if self.factors is None else self.factors.scaled(weight_N_K[:, 0]),
+        )

@@ -222,7 +222,7 @@ class LabelFactors:
         steps: of the inner run; a sequence is in several where it was trained on several times.
         width: columns of a sequence, K.
         offset: columns of the target's sequences that stand before those.
-        scale: by which all are multiplied.
+        scale: by which all are multiplied, (), or those of each sequence, (N,).
     """
 
     steps: tuple[StepFactors, ...]
@@ -252,10 +252,18 @@ class LabelFactors:
         if found is None:
             first = self.steps[0].weight
             found = first.new_zeros(len(place_M), len(first))
-        return found if self.scale is None else found.mul_(self.scale)
+        if self.scale is None:
+            return found
+        return found.mul_(self.scale if self.scale.ndim == 0 else self.scale[number, None])
+
+    def take(self, index_N: Tensor) -> LabelFactors:
+        """Those of the sequences of an index."""
+        steps = tuple(replace(step, row_N=step.row_N[index_N]) for step in self.steps)
+        scale = self.scale if self.scale is None or self.scale.ndim == 0 else self.scale[index_N]
+        return replace(self, steps=steps, scale=scale)
 
     def scaled(self, factor: Tensor) -> LabelFactors:
-        """The same times a number."""
+        """The same times a number, (), or a number for each sequence, (N,)."""
         return replace(self, scale=factor if self.scale is None else self.scale * factor)
 
     def placed(self, width: int, offset: int) -> LabelFactors:

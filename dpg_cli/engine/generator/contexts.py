@@ -1,7 +1,8 @@
 """What the generator could have written: the hidden states that completion tokens were drawn from, and its head.
 
 From these the distribution of any token is made anew in chunks, so that the N × K × V table of them never exists. They are
-computed once a rollout, without a graph; with a policy that moves the head alone they stay what they are.
+computed once a rollout, without a graph; with a policy that moves the head alone they stay what they are. `drawn` tells of tokens that
+somebody else's sampler drew what our own tells of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.generator.rollout import Sampling
+from dpg_cli.engine.generator.policy import completion_logits
+from dpg_cli.engine.generator.rollout import Sampling, log_pi
 from dpg_cli.engine.generator.step.rows import layouts
 from dpg_cli.engine.generator.step.sharing import window_of
-from dpg_cli.engine.generator.step.spec import PolicySpec
-from dpg_cli.engine.inner.head import Head, find_head
+from dpg_cli.engine.generator.step.spec import PolicySpec, computing
+from dpg_cli.engine.inner.head import Head, chunks, find_head
 from dpg_cli.engine.inner.target import CPU_TOKENS, fused_activations
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Rollout
@@ -99,3 +101,38 @@ def contexts(
         ends=torch.tensor(sampling.ends(), device=device),
         barred=sampling.min_tokens - 1,
     )
+
+
+@torch.no_grad()
+def drawn(
+    model: nn.Module, head: Head | None, rollout: Rollout, sampling: Sampling, micro_batch: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What `rollout.sample` tells of the tokens that it draws, of tokens that another sampler drew by the same settings.
+
+    Args:
+        model: the generator that drew them, unchanged since.
+        head: its head; None where it has no standard one.
+        rollout: the completions; its log-probabilities are not looked at.
+        sampling: how they were drawn: temperature, ids that never are, where a completion cannot end yet, precision.
+        micro_batch: completions in memory at once; 0 for all.
+
+    Returns:
+        log π of each token under the distribution that it was drawn from, and that distribution's entropy in nats; (N, K), 0 where
+        there is no token.
+    """
+    kind, training = next(model.parameters()).dtype, model.training
+    logprobs = torch.zeros(rollout.ids_N_K.shape, dtype=kind, device=rollout.ids_N_K.device)
+    entropy = torch.zeros_like(logprobs)
+    model.eval()
+    for piece in torch.arange(len(rollout), device=rollout.ids_N_K.device).split(micro_batch or len(rollout)):
+        rows = rollout.rows(piece)
+        with computing(rollout.ids_N_K.device.type, sampling.precision):
+            states = completion_logits(model, rows) if head is None else last_hidden(head, rows)
+        row, column = rows.mask_N_K.nonzero(as_tuple=True)
+        for part in chunks(len(row), states.shape[-1] if head is None else head.layer.out_features):
+            logs = log_pi(states[row[part], column[part]], sampling, column[part], head)
+            place = piece[row[part]], column[part]
+            logprobs[place] = logs.gather(1, rollout.ids_N_K[place][:, None])[:, 0].to(kind)
+            entropy[place] = -torch.linalg.vecdot(logs.exp(), logs.clamp_min(-1e4)).to(kind)
+    model.train(training)
+    return logprobs, entropy

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpg_cli.engine.generator.step.objective import objective
+from dpg_cli.engine.generator.step.objective import head_gradients, objective
 from dpg_cli.engine.generator.step.rows import Rows, layouts
 from dpg_cli.engine.generator.step.sharing import window_of
 from dpg_cli.engine.generator.step.spec import PolicySpec as PolicySpec
@@ -127,6 +127,12 @@ def reference_hidden(model: nn.Module, reference: nn.Module, head: Head, rows: R
         return rows.hidden(head.base)
 
 
+def reference_log_pi(model: nn.Module, reference: nn.Module, rollout: Rollout, spec: PolicySpec) -> Tensor:
+    """The starting generator's log-probabilities at the completion tokens, (N, K, V)."""
+    with torch.no_grad(), passing(reference, spec), base_of(model) if reference is model else nullcontext():
+        return spec.log_pi(completion_logits(reference, rollout).to(rollout.logprobs_N_K.dtype))
+
+
 def add_gradient(
     model: nn.Module,
     head: Head,
@@ -156,7 +162,8 @@ def add_gradient(
                 hidden = rows.hidden(head.base)
             states = hidden.detach().to(head.layer.weight.dtype)
             with torch.autocast(states.device.type, enabled=False):
-                found, bar = objective(head, states, rows.place_M, rollout, credit, spec, whole[0], start)
+                into = head_gradients(head)
+                found, bar = objective(head, states, rows.place_M, rollout, credit, spec, whole[0], into, start)
             del states, start
             if hidden.requires_grad:
                 torch.autograd.backward([hidden], [bar.to(hidden.dtype)])
@@ -179,11 +186,8 @@ def add_gradient_of_logits(
     for piece in own.split(spec.micro_batch or len(own)):
         part = len(piece) < len(rollout)
         rows = rollout.rows(piece) if part else rollout
-        logprobs = None
+        logprobs = None if reference is None else reference_log_pi(model, reference, rows, spec)
         with passing(model, spec):
-            if reference is not None:
-                with torch.no_grad(), base_of(model) if reference is model else nullcontext():
-                    logprobs = spec.log_pi(completion_logits(reference, rows).to(rows.logprobs_N_K.dtype))
             logits = completion_logits(model, rows).to(rows.logprobs_N_K.dtype)
             with torch.autocast(logits.device.type, enabled=False):
                 loss, stats = policy_loss(logits, rows, credit, spec, logprobs, piece if part else None, whole)

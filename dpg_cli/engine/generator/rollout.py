@@ -238,15 +238,15 @@ def _sample_batch(
         token, chosen = torch.empty_like(position), states.new_empty(len(states), dtype=kind)
         size = states.shape[1] if head is None else head.layer.out_features
         for rows in chunks(len(states), size):
-            log_pi = _log_pi(states[rows], sampling, step, head)
-            if bool(log_pi[:, 0].isnan().any()):  # one bad logit makes its whole row nan
+            logs = log_pi(states[rows], sampling, step, head)
+            if bool(logs[:, 0].isnan().any()):  # one bad logit makes its whole row nan
                 raise DegenerateError(
                     "The generator's probabilities are not finite: its training diverged.", "Lower policy.lr."
                 )
-            pi = log_pi.exp()
+            pi = logs.exp()
             token[rows] = draw(step, rows, pi)
-            chosen[rows] = log_pi.gather(1, token[rows])[:, 0]
-            entropy -= (pi * log_pi.clamp_min_(-1e4)).sum(1)[alive[rows]].sum()
+            chosen[rows] = logs.gather(1, token[rows])[:, 0]
+            entropy -= (pi * logs.clamp_min_(-1e4)).sum(1)[alive[rows]].sum()
         tokens.append(torch.where(alive, token[:, 0], sampling.pad_id))
         masks.append(alive)
         logprobs.append(torch.where(alive, chosen, 0.0))
@@ -259,18 +259,21 @@ def _sample_batch(
     return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), entropy
 
 
-def _log_pi(states: Tensor, sampling: Sampling, step: int, head: Head | None) -> Tensor:
+def log_pi(states: Tensor, sampling: Sampling, step: int | Tensor, head: Head | None) -> Tensor:
     """Log-probabilities of what some rows may draw next, (n, V).
 
     Args:
         states: their last hidden states, (n, D); their logits where there is no head.
-        step: column of the completion.
+        step: column of the completion; one for all rows, or int64 of (n,).
     """
     if head is not None:
         with computing(states.device.type, sampling.precision):
             states = nn.functional.linear(states, head.layer.weight, head.layer.bias)
     logits = (states.float() if sampling.precision == "bf16" else states) / sampling.temperature
-    if step + 1 < sampling.min_tokens:
+    if isinstance(step, Tensor):
+        early = (step + 1 < sampling.min_tokens).nonzero()
+        logits[early, torch.tensor(sampling.ends(), device=logits.device)] = -torch.inf
+    elif step + 1 < sampling.min_tokens:
         logits[:, sampling.ends()] = -torch.inf
     if sampling.silent_ids:
         logits[:, list(sampling.silent_ids)] = -torch.inf

@@ -78,9 +78,10 @@ def objective(
     credit: Credit,
     spec: PolicySpec,
     examples: int,
+    into: tuple[Tensor | None, Tensor | None],
     reference: tuple[Head, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """J of some tokens, and the gradient of -J / examples: the head's is added to its `.grad`.
+    """J of some tokens, and the gradient of -J / examples.
 
     Args:
         head: of the generator.
@@ -88,6 +89,7 @@ def objective(
         place_M: the tokens, on the flat (N · K) axis.
         rollout, credit, spec: see `policy_step`.
         examples: by which the loss is divided.
+        into: where the gradients of the head's weight and bias are added; None for what is not trained.
         reference: the head of the starting generator and its hidden states of the same tokens, where β > 0.
 
     Returns:
@@ -95,7 +97,7 @@ def objective(
     """
     now, found = HeadMap.of(head, spec), hidden_M_D.new_zeros(3, dtype=torch.float64)
     start = None if reference is None else HeadMap.of(reference[0], spec)
-    weight_into, bias_into = head_gradients(head)
+    weight_into, bias_into = into
     silent = torch.tensor(spec.silent_ids, dtype=torch.int64, device=place_M.device) if spec.silent_ids else None
     ids, old = rollout.ids_N_K.flatten()[place_M], rollout.logprobs_N_K.flatten()[place_M]
     advantage, factor = credit.advantage_N_K.flatten()[place_M], -1 / (examples * spec.temperature)
