@@ -113,8 +113,10 @@ def test_what_has_no_reward_is_refused(tiny: LanguageModel) -> None:
 
 def test_settings_that_trl_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     data, base = find("pattern-67.tiny").data(), ['trainer="trl"', 'credit.mode="sequence"']
-    with pytest.raises(ConfigError, match="one reward for each completion"):
-        resolve(data, ['trainer="trl"'])
+    with pytest.raises(ConfigError, match="one target"):
+        resolve(
+            find("language-rephrase.tiny").data(), [*base, "models.redraw_target=true", 'models.target_init="random"']
+        )
     config = resolve(data, base)
     require_trl(config, Ranks(0, 2))
     with pytest.raises(UsageError, match="3 processes must divide"):

@@ -61,19 +61,12 @@ def _flags(options: Mapping[str, Any]) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "seed": options["seed"],
         "device": options["device"],
-        **_trainer(options["trainer"]),
+        "trainer": options["trainer"],
         "models": {**_model("generator", options["generator"]), **_model("target", options["target"])},
         "prompts": {} if prompts is None else {"source": prompts if prompts in OWN_PROMPTS else absolute(prompts)},
         "metric": {key: value for key, value in metric.items() if value is not None},
     }
     return {key: value for key, value in flags.items() if value not in (None, {})}
-
-
-def _trainer(name: str | None) -> dict[str, Any]:
-    """Settings that a trainer brings: TRL has one reward for each completion."""
-    if name is None:
-        return {}
-    return {"trainer": name, **({"credit": {"mode": "sequence"}} if name == "trl" else {})}
 
 
 def _model(role: str, name: str | None) -> dict[str, str]:

@@ -8,6 +8,9 @@ TRL divides a group's rewards by their standard deviation plus 1e-4, an absolute
 they are, all advantages would vanish. They are centred and divided by their spread over the whole batch, which leaves
 the advantages of a group as they would be without that number, but for one part in ten thousand at an ordinary spread.
 
+TRL's own loss knows one reward for each completion, `sequence` credit. For the others the reward also keeps the credit of tokens, which
+`integrations/trl_credit.py` has a loss for.
+
 This module imports nothing of TRL: the protocol is a call.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,22 +26,33 @@ from torch import Tensor
 from dpg_cli.engine.attribution import AttributionSpec, InnerSettings, attribute_examples
 from dpg_cli.engine.detect import refuse_dead_reward
 from dpg_cli.engine.generator.align import read_completions
-from dpg_cli.engine.generator.credit import statistics
+from dpg_cli.engine.generator.credit import MODES, assign, form_of_labels, statistics
 from dpg_cli.engine.ranks import Ranks
-from dpg_cli.engine.records import Metagradient, Rollout
+from dpg_cli.engine.records import Credit, Metagradient, Rollout
+from dpg_cli.errors import BadValueError
 from dpg_cli.metrics.base import TargetMetric
-from dpg_cli.models.loading import LanguageModel
+from dpg_cli.models.loading import LanguageModel, same_tokenizer
 
 METHODS = ("metagradient", "sgd")  # those whose rewards may be compared within a group
 
 
 @dataclass(frozen=True)
 class RewardedBatch:
-    """What a call of the reward found, on every rank: the completions of all ranks, Φ and τ, and figures for a log."""
+    """What a call of the reward found, on every rank.
+
+    Attributes:
+        rollout: the completions of all ranks, without their prompts.
+        result: Φ and τ.
+        numbers: figures for a log.
+        rows: of this rank.
+        credit: of all completions' tokens, where it is not `sequence`.
+    """
 
     rollout: Rollout
     result: Metagradient
     numbers: dict[str, float]
+    rows: slice
+    credit: Credit | None = None
 
 
 class MetagradientReward:
@@ -52,10 +66,15 @@ class MetagradientReward:
         group_size: G, TRL's `num_generations`.
         attribution: metagradient through the inner run, or through SGD.
         max_length: see `read_completions`.
+        credit: "sequence"; or "token" or "expected" for a trainer with `trl_credit.TokenCredit`.
+        discount: γ of these two.
         on_batch: told of every batch, on every rank.
 
+    Attributes:
+        batch: the last one; None before the first.
+
     Raises:
-        ValueError: for an attribution without a reward for each completion.
+        ValueError: for an attribution without a reward for each completion, and for `expected` credit between two tokenisers.
 
     Example:
         >>> generator, target = load("my/generator", device=gpu), load("my/target", device=gpu)
@@ -75,6 +94,8 @@ class MetagradientReward:
         group_size: int,
         attribution: AttributionSpec | None = None,
         max_length: int = 0,
+        credit: str = "sequence",
+        discount: float = 1.0,
         on_batch: Callable[[RewardedBatch], None] = lambda batch: None,
     ) -> None:
         self.generator, self.target, self.metric, self.inner = generator, target, metric, inner
@@ -82,6 +103,16 @@ class MetagradientReward:
         self.attribution = attribution or AttributionSpec()
         if self.attribution.method not in METHODS:
             raise ValueError(f"attribution {self.attribution.method!r} has no reward to compare within a group")
+        self.credit, self.discount = credit, discount
+        self.batch: RewardedBatch | None = None
+        if credit not in MODES:
+            raise BadValueError(f"There is no credit {credit!r}.", f"Give one of {', '.join(MODES)}.")
+        if credit == "expected" and not same_tokenizer(generator, target):
+            raise BadValueError(
+                f"The generator {generator.name!r} and the target {target.name!r} have different tokenisers, "
+                "and 'expected' credit needs one.",
+                "Give credit='token', or take two models of one family.",
+            )
 
     def __call__(
         self,
@@ -109,7 +140,7 @@ class MetagradientReward:
         own = completion_ids if completion_ids is not None else self._encoded(completions)
         rollout, rows = self._gathered(own, ranks)
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            batch = self._rewarded(rollout, ranks)
+            batch = self.batch = self._rewarded(rollout, rows, ranks)
         reward_N = batch.result.example_N
         if log_metric is not None:
             for name, value in batch.numbers.items():
@@ -119,9 +150,14 @@ class MetagradientReward:
         self.on_batch(batch)
         return unit_spread(reward_N)[rows].tolist()
 
-    def _rewarded(self, rollout: Rollout, ranks: Ranks) -> RewardedBatch:
+    def _rewarded(self, rollout: Rollout, rows: slice, ranks: Ranks) -> RewardedBatch:
         """The inner run on all completions."""
         reading = read_completions(rollout, self.generator, self.target, self.max_length)
+        labels: bool | Literal["factors"] = False
+        if self.credit == "expected":
+            vocabulary, width = self.target.head.shape
+            steps = len(self.inner.recipe.plan(reading.examples))
+            labels = form_of_labels(reading.examples.ids_N_S.numel(), vocabulary, width, steps)
         result = attribute_examples(
             self.target.model,
             reading.examples,
@@ -129,8 +165,14 @@ class MetagradientReward:
             self.attribution,
             replace(self.inner, ranks=ranks),
             group_size=self.group_size,
+            labels=labels,
         )
         refuse_dead_reward(result)
+        credit = None
+        if self.credit != "sequence":
+            token_N_K, label_N_K_V = reading.to_completions(result)
+            mask_N_K, groups = rollout.mask_N_K, self.group_size
+            credit = assign(self.credit, token_N_K, label_N_K_V, mask_N_K, groups, discount=self.discount)
         numbers = {
             "phi": result.value,
             **result.measures,
@@ -142,7 +184,7 @@ class MetagradientReward:
         if silent := self.generator.silent_ids:  # which a sampler of somebody else's may draw
             drawn = rollout.ids_N_K[rollout.mask_N_K]
             numbers["silent_tokens"] = float(torch.isin(drawn, torch.tensor(silent, device=drawn.device)).sum())
-        return RewardedBatch(rollout, result, ranks.agreed(numbers))
+        return RewardedBatch(rollout, result, ranks.agreed(numbers), rows, credit)
 
     def _encoded(self, completions: Sequence[Any]) -> list[list[int]]:
         """Token ids of texts, or of the text of messages, by the generator's tokeniser."""

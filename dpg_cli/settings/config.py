@@ -279,11 +279,8 @@ class Config(Section):
                 'models.redraw_target: needs models.target_init = "random" and a text-loss metric; the others compare with '
                 "the weights of one target"
             )
-        if self.trainer == "trl" and (self.credit.mode != "sequence" or self.models.redraw_target):
-            raise ValueError(
-                "trainer: 'trl' has one reward for each completion, and one target; set credit.mode = 'sequence' and "
-                "models.redraw_target = false, or trainer = 'dpg'"
-            )
+        if self.trainer == "trl" and self.models.redraw_target:
+            raise ValueError("trainer: 'trl' has one target; set models.redraw_target = false, or trainer = 'dpg'")
         if self.stop.predicted and (self.metric.name != "pattern" or self.trainer == "trl"):
             raise ValueError(
                 "stop.predicted: only the pixels of a pattern are predicted, by trainer = 'dpg'; set it to 0 (any other metric is "
@@ -343,7 +340,7 @@ def _policy_faults(config: Config) -> str:
     if config.trainer == "trl" and (natural or config.inner.labels == "soft" or policy.parameters != "all"):
         what = "policy.step = 'natural'" if natural else "inner.labels = 'soft'"
         what = what if natural or config.inner.labels == "soft" else f"policy.parameters = {policy.parameters!r}"
-        return f"trainer: 'trl' has an optimiser of its own and a reward for each completion, and no {what}; take 'dpg'"
+        return f"trainer: 'trl' moves all parameters by an optimiser of its own, on drawn labels, and has no {what}; take 'dpg'"
     return ""
 
 

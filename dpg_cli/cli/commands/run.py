@@ -103,7 +103,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     trainer: Annotated[
         str | None,
-        typer.Option(help="dpg, or trl: TRL's GRPOTrainer with the metagradient as reward (sequence credit)."),
+        typer.Option(help="dpg, or trl: TRL's GRPOTrainer with the metagradient as reward."),
     ] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be given more than once.")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import UsageError
 from dpg_cli.settings.config import Config
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # accelerate's own switches
 
 
 def require_trl(config: Config, ranks: Ranks) -> None:
     """Refuse what TRL cannot do.
 
     Raises:
-        UsageError: if TRL or vLLM is missing, or mini-batches cannot be even ones on all processes.
+        UsageError: if TRL or vLLM is missing, mini-batches cannot be even ones on all processes, or a setting asks for what only our
+            own loop has.
     """
+    tokens = config.credit.mode != "sequence"
     for name, wanted in (("trl", True), ("datasets", True), ("vllm", config.trl.vllm != "off")):
         if wanted and importlib.util.find_spec(name) is None:
             extra = "vllm" if name == "vllm" else "trl"
@@ -26,8 +31,25 @@ def require_trl(config: Config, ranks: Ranks) -> None:
             f"step, and {ranks.world} processes must divide it.",
             "Change policy.minibatch, prompts.per_step or the number of processes.",
         )
-    if config.policy.kl and config.policy.kl_decay:
-        raise UsageError("TRL's KL coefficient stays as it is: policy.kl_decay cannot be kept.", "Set it to 0.")
+    if config.policy.kl and config.policy.kl_decay and not tokens:
+        raise UsageError(
+            "TRL's KL coefficient stays as it is: policy.kl_decay cannot be kept with 'sequence' credit.",
+            "Set it to 0.",
+        )
+    if config.rollout.group_size < 2:
+        raise UsageError(
+            "TRL draws groups: rollout.group_size must be at least 2.", "Raise it, or leave --trainer trl out."
+        )
+    if getattr(config.metric, "margin", 0):
+        raise UsageError(
+            "metric.margin counts in standard errors, which only our own loop measures.",
+            "Set metric.margin = 0, or leave --trainer trl out.",
+        )
+    for name in [name for variable, name in SHARDED.items() if os.environ.get(variable, "").lower() in ("1", "true")]:
+        raise UsageError(
+            f"{name} holds a part of the generator on each process; --trainer trl moves whole ones, by an optimiser of ours.",
+            "Launch it with DDP (accelerate launch --multi_gpu), or leave --trainer trl out.",
+        )
     if config.attribution.method not in ("metagradient", "sgd"):
         raise UsageError(
             f"attribution.method = {config.attribution.method!r} has no reward that TRL could compare within a group.",

@@ -1,9 +1,9 @@
 """`dpg run TASK --trainer trl`: TRL's GRPOTrainer trains the generator, with the metagradient as its reward.
 
-Rollouts, advantages, the clipped policy gradient, DDP, optimiser steps and checkpoints are TRL's and transformers' own; ours are
-the reward, the prompts and their order, the learning rate of each outer step, and the log. An outer step is a generation
-batch: N completions, N / minibatch optimiser steps for each of the epochs. TRL has one reward for each completion, so
-credit is `sequence`.
+Rollouts, DDP, optimiser steps and checkpoints are TRL's and transformers' own; ours are the reward, the prompts and their order, the
+learning rate of each outer step, and the log. An outer step is a generation batch: N completions, N / minibatch optimiser
+steps for each of the epochs. With `sequence` credit, one reward for each completion, the advantages and the clipped policy
+gradient are TRL's too; with `token` and `expected` the loss is that of our own loop (`integrations/trl_credit.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dpg_cli.engine.loop import StepReport
 from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import UsageError
 from dpg_cli.integrations.trl import MetagradientReward, RewardedBatch
+from dpg_cli.integrations.trl_credit import TokenCredit
 from dpg_cli.models.folder import ModelError, examine
 from dpg_cli.models.loading import quiet_transformers
 from dpg_cli.models.strict import load_strictly
@@ -107,7 +108,7 @@ def arguments(config: Config, folder: Path, ranks: Ranks, device: torch.device, 
         top_k=0,
         generation_kwargs=generation or None,
         chat_template_kwargs={"date_string": DATE},
-        beta=policy.kl,
+        beta=policy.kl if config.credit.mode == "sequence" else 0.0,  # else it is in our own loss
         epsilon=policy.clip,
         loss_type="dr_grpo",  # summed over tokens, divided by the number of completions and a constant
         scale_rewards="group",
@@ -164,6 +165,7 @@ class Follower:
             start=metric_before(players.metric, players.target.model),
             dtype=players.target.head.dtype,
             optimizer=built.spec.recipe.optimizer,
+            labels=config.credit.mode == "expected",
         )
 
     def reward(self) -> MetagradientReward:
@@ -186,6 +188,8 @@ class Follower:
             group_size=spec.sampling.group_size,
             attribution=spec.attribution,
             max_length=spec.max_length,
+            credit=spec.credit,
+            discount=spec.discount,
             on_batch=self._rewarded,
         )
 
@@ -267,6 +271,9 @@ def train(
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOTrainer
 
+    class CreditTrainer(TokenCredit, GRPOTrainer):
+        """TRL's trainer with the loss of our own loop."""
+
     players, spec = built.players, built.spec
     follower = Follower(config, built, report)
     follower.watch.replay(earlier)
@@ -290,7 +297,15 @@ def train(
     form = spec.sampling.prompts or PromptFormat(players.generator.tokenizer)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, nothing of the user's
-        trainer = GRPOTrainer(
+        kind: Any = GRPOTrainer
+        if spec.credit != "sequence":
+            kind = partial(
+                CreditTrainer,
+                sampling=spec.sampling,
+                policy_at=lambda step: spec.policy_at(step // per),
+                reference=players.reference,
+            )
+        trainer = kind(
             model=players.generator.model,
             reward_funcs=follower.reward(),
             args=arguments(config, folder, players.ranks, built.device, spec.sampling.silent_ids),
