@@ -218,7 +218,7 @@ def trainer_of(tiny: LanguageModel, folder: Path, credit: str = "expected", **op
 
 
 def test_importance_weights_of_vllm(tiny: LanguageModel, tmp_path: Path) -> None:
-    """A micro-batch with TRL's weights: of tokens and of completions."""
+    """A micro-batch with TRL's weights: of tokens and of completions; and an id drawn that never is, which counts as no token."""
     trainer = trainer_of(tiny, tmp_path)
     rollout = rollout_of(tiny.head.shape[0])
     trainer._credit = credit_of(rollout, True, tiny.head.shape[0])
@@ -237,6 +237,15 @@ def test_importance_weights_of_vllm(tiny: LanguageModel, tmp_path: Path) -> None
         weighed = trainer._credit.rows(piece, width).weighted(weight.double())
         expected, _ = twin_gradients(tiny.model, rows, weighed, SPEC)
         close({name: 2 * value for name, value in found.items()}, expected)
+    ids, old = rows.ids_N_K.clone(), rows.logprobs_N_K.clone()
+    ids[0, 4], old[0, 4] = SPEC.silent_ids[0], -torch.inf  # the last of its completion: nothing is read after it
+    trainer.model.zero_grad()
+    trainer._compute_loss(trainer.model, inputs | {"completion_ids": ids, "old_per_token_logps": old}).backward()
+    found = named_gradients(trainer.model)
+    without = trainer._credit.rows(piece, width)
+    without.advantage_N_K[0, 4] = 0.0
+    expected, _ = twin_gradients(tiny.model, rows, without, SPEC)
+    close({name: 2 * value for name, value in found.items()}, expected)
 
 
 def test_a_run_learns_and_goes_on_after_a_stop(tmp_path: Path) -> None:
@@ -284,7 +293,13 @@ def test_what_is_refused_before_anything_loads(more: list[str], cause: str) -> N
 def test_a_generator_in_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_trl(settings("policy.kl=0.1", "policy.kl_decay=0.5"), ALONE)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="FSDP holds a part of the generator"):
+    for credit in ("sequence", "expected"):
+        with pytest.raises(UsageError, match="FSDP holds parts of the generator"):
+            require_trl(settings(f"credit.mode={credit!r}"), ALONE)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    require_trl(settings("credit.mode='sequence'"), ALONE)
+    with pytest.raises(UsageError, match="With 'expected' credit DeepSpeed may hold parts"):
         require_trl(settings(), ALONE)
 
 

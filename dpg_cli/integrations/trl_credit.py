@@ -33,9 +33,8 @@ from dpg_cli.engine.records import Credit, Rollout
 from dpg_cli.errors import BadValueError
 from dpg_cli.integrations.trl import MetagradientReward, RewardedBatch
 
-NEUTRAL: dict[
-    str, Any
-] = {  # settings of TRL's loss that this one has no part of, and their values that ask for nothing
+# settings of TRL's loss that this one has no part of, and their values that ask for nothing
+NEUTRAL: dict[str, Any] = {
     "beta": 0.0,
     "delta": None,
     "entropy_coef": 0.0,
@@ -45,8 +44,6 @@ NEUTRAL: dict[
     "importance_sampling_level": "token",
     "mask_truncated_completions": False,
 }
-
-
 ABSENT = ("eval_dataset", "tools", "environment_factory")  # what a credit of drawn completions has no meaning for
 
 
@@ -105,9 +102,8 @@ class TokenCredit:
         self._reward, self._sampling, self._policy_at = reward_funcs, sampling, policy_at
         self._head = find_head(self.model)
         self._start = None if reference is None else (reference, find_head(reference))
-        self._told: list[
-            Tensor
-        ] = []  # of the micro-batches of an optimiser step: clipped tokens, Σ KL, Σ entropy, tokens
+        # of the micro-batches of an optimiser step: clipped tokens, Σ KL, Σ entropy, tokens
+        self._told: list[Tensor] = []
         take_losses(self.model)
 
     def _get_per_token_logps_and_entropies(
@@ -117,7 +113,7 @@ class TokenCredit:
         attention_mask: Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
-        **images: Any,
+        **others: Any,
     ) -> tuple[Tensor, Tensor, None]:
         """Of the tokens that were drawn, (B, K) each, by the distribution that they were drawn from; without a graph.
 
@@ -152,6 +148,9 @@ class TokenCredit:
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch; the figures of an optimiser step go to TRL's log, means over the tokens of all processes."""
         ids, mask, old = inputs["completion_ids"], inputs["completion_mask"], inputs["old_per_token_logps"]
+        old = old.masked_fill(
+            old == -torch.inf, 0.0
+        )  # drawn though π never does: its ratio is 0, not that of two zeros
         rollout = rollout_of(inputs["prompt_ids"], inputs["prompt_mask"], ids, mask, old)
         if self._credit is None:
             raise ValueError("there is no credit before a generation batch")

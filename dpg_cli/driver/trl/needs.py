@@ -9,7 +9,7 @@ from dpg_cli.engine.ranks import Ranks
 from dpg_cli.errors import UsageError
 from dpg_cli.settings.config import Config
 
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # accelerate's own switches
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # accelerate's own switches
 
 
 def require_trl(config: Config, ranks: Ranks) -> None:
@@ -45,9 +45,10 @@ def require_trl(config: Config, ranks: Ranks) -> None:
             "metric.margin counts in standard errors, which only our own loop measures.",
             "Set metric.margin = 0, or leave --trainer trl out.",
         )
-    for name in [name for variable, name in SHARDED.items() if os.environ.get(variable, "").lower() in ("1", "true")]:
+    if asked(FSDP) or (tokens and asked(DEEPSPEED)):
+        what = "FSDP holds parts" if asked(FSDP) else f"With {config.credit.mode!r} credit DeepSpeed may hold parts"
         raise UsageError(
-            f"{name} holds a part of the generator on each process; --trainer trl moves whole ones, by an optimiser of ours.",
+            f"{what} of the generator on each process; --trainer trl moves whole ones, by an optimiser of ours.",
             "Launch it with DDP (accelerate launch --multi_gpu), or leave --trainer trl out.",
         )
     if config.attribution.method not in ("metagradient", "sgd"):
@@ -55,3 +56,8 @@ def require_trl(config: Config, ranks: Ranks) -> None:
             f"attribution.method = {config.attribution.method!r} has no reward that TRL could compare within a group.",
             "Leave --trainer trl out.",
         )
+
+
+def asked(switch: str) -> bool:
+    """Whether a launcher set a switch in the environment."""
+    return os.environ.get(switch, "").lower() in ("1", "true")
