@@ -26,6 +26,7 @@ from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.attention.served import note
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prefixes import alike
 from dpg_cli.engine.inner.prepare import opened, uncompiled
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
@@ -254,7 +255,7 @@ def _ready(
         packs = packing and can_pack(run, examples)
         if packing and not packs:
             notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
-        shared = shareable(run, map(examples.at, plan.rows)) if share_prefixes else None
+        shared = shareable(run, map(examples.at, plan.rows)) if share_prefixes and alike(examples) else None
         shares = shared is not None and can_share(run, shared)
         if shared is not None and not shares:
             notes.append(

@@ -57,6 +57,15 @@ class Shape:
         return self.weights * tokens + 2.0 * self.width * self.layers * pairs
 
 
+def alike(examples: Examples) -> bool:
+    """Whether two examples have a prefix in common that is worth a mask, and no distributions."""
+    if examples.soft is not None or examples.ids_N_S.shape[1] <= LEAST:
+        return False
+    long = examples.attention_N_S[:, LEAST - 1] & ~examples.label_N_S[:, :LEAST].any(1)
+    begins = examples.ids_N_S[long, :LEAST]
+    return len(torch.unique(begins, dim=0)) < len(begins)
+
+
 def share(batch: Examples, shape: Shape, most: int) -> Examples | None:
     """The same examples in rows where common prefixes stand once; None where that saves less than a tenth of the tokens.
 
@@ -68,16 +77,14 @@ def share(batch: Examples, shape: Shape, most: int) -> Examples | None:
     Returns:
         Rows with a `layout`, whose labels are those of the batch.
     """
-    if batch.soft is not None:
+    if not alike(batch):
         return None
     lengths = batch.attention_N_S.sum(1)
     lead = torch.where(
         batch.label_N_S.any(1), batch.label_N_S.long().argmax(1), lengths
     )  # tokens before the first label
-    if int((lead >= LEAST).sum()) < 2:
-        return None
-    trees = _grown(batch.ids_N_S.cpu(), lengths.tolist(), lead.cpu(), shape, most)
     own = lengths.tolist()
+    trees = _grown(batch.ids_N_S.cpu(), own, lead.cpu(), shape, most)
     sizes = [sum(own[number] - known for number, known in tree) for tree in trees]
     if sum(sizes) > WORTH * sum(own):
         return None
