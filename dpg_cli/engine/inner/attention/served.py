@@ -5,6 +5,8 @@ function that attends. Under the name `NAME` a mask is no matrix, but what makes
 causal; and the attention takes slabs where there is such a mask, a cap or a sink, and PyTorch's own kernel elsewhere. Rows
 shorter than `LONG` keep the model's own implementation, and so does a model with which ours is not the same: on a few
 tokens, also as packed rows, the logits of both are compared.
+
+Rows whose examples share prefixes (`../prefixes.py`) are read under that name whatever their length, since no other knows their mask.
 """
 
 from __future__ import annotations
