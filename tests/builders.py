@@ -33,6 +33,15 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+def exact_norms(model: nn.Module) -> nn.Module:
+    """The model, with norms that do not round to float32."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm"):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], ExactRMSNorm(module.weight, module.variance_epsilon))
+    return model
+
+
 def make_target(architecture: str, *, tied: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A two-layer GPT-2 or Llama causal LM with 29 tokens and 16 hidden dimensions."""
     torch.manual_seed(seed)
@@ -63,12 +72,7 @@ def make_target(architecture: str, *, tied: bool, dtype: torch.dtype = torch.flo
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the usual init, so that every nonlinearity is felt
             parameter.add_(0.2 * torch.randn_like(parameter))
-    model = model.to(dtype)
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], ExactRMSNorm(module.weight, module.variance_epsilon))
-    return model.eval()
+    return exact_norms(model.to(dtype)).eval()
 
 
 def make_examples(n: int, *, shortest: int = 2, longest: int = 9, seed: int = 0) -> Examples:

@@ -28,10 +28,11 @@ from dpg_cli.engine.generator.align import Reading, target_examples
 from dpg_cli.engine.generator.credit import assign, form_of_labels
 from dpg_cli.engine.generator.policy import order_of
 from dpg_cli.engine.generator.step import rows as layout
-from dpg_cli.engine.generator.step.rows import Shape, by_length, layouts, members
+from dpg_cli.engine.generator.step.rows import by_length, layouts, members
 from dpg_cli.engine.generator.step.sharing import obstacle, window_of
 from dpg_cli.engine.inner import head as chunked
 from dpg_cli.engine.inner.head import find_head
+from dpg_cli.engine.inner.prefixes import Shape
 from dpg_cli.engine.inner.recipe import Plan
 from dpg_cli.errors import UsageError
 from dpg_cli.metrics.base import as_metric

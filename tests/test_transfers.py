@@ -22,6 +22,7 @@ NAMED = {  # module: most reads, of one outer step without its policy step and r
     "engine/inner/head.py": 18,  # whether a head is a standard one, on two tokens: of the target, the metric and the policy step
     "engine/inner/target.py": 8,  # tokens of a batch, which places are trained
     "engine/inner/run.py": 6,  # is it finite; the median gradient
+    "engine/inner/prefixes.py": 2,  # whether examples begin alike
     "engine/inner/product.py": 10,
     "engine/reverse/dual.py": 6,
     "engine/phi.py": 4,  # Φ itself, and whether it and its gradient are finite

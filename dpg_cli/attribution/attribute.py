@@ -215,7 +215,10 @@ def attribute(
     setup = set_up(config, request, on_stage, on_note)
     target, found, examples, metrics = setup.target, setup.found, setup.examples, setup.metrics
     made_of, recipe, plan, start, micro_batch = setup.made_of, setup.recipe, setup.plan, setup.start, setup.micro_batch
-    task = Task(target, examples, recipe, plan, start, inner.states, inner.packing, micro_batch, inner.second_order)
+    task = Task(
+        target, examples, recipe, plan, start, inner.states, inner.packing, inner.share_prefixes, micro_batch,
+        inner.second_order,
+    )  # fmt: skip
     tokens_read = max(getattr(metric, "tokens_read", 0) for metric in metrics)
     width = task.width(len(queries), request.width, tokens_read)
     if width < len(queries):

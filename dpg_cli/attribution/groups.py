@@ -66,7 +66,7 @@ class Task:
         target: as it is trained.
         examples: its data.
         recipe, plan, start: of the fine-tuning.
-        memory, packing, micro_batch, second_order: how it is computed.
+        memory, packing, share_prefixes, micro_batch, second_order: how it is computed.
     """
 
     target: LanguageModel
@@ -76,6 +76,7 @@ class Task:
     start: Start | None
     memory: Memory
     packing: bool
+    share_prefixes: bool
     micro_batch: int
     second_order: SecondOrder = "exact"
 
@@ -152,6 +153,7 @@ class Task:
                 micro_batch=self.micro_batch,
                 memory=self.memory,
                 packing=self.packing,
+                share_prefixes=self.share_prefixes,
                 second_order=self.second_order,
                 progress=progress,
                 start=self.start,

@@ -159,8 +159,8 @@ def validate(
     with place.open("a", encoding="utf-8") as file, quiet_transformers():
         runs = outcomes(
             setup.target.model, setup.examples, setup.recipe, setup.metrics, weights,
-            plan=setup.plan, micro_batch=setup.micro_batch, packing=config.inner.packing, start=setup.start,
-            second_order=config.inner.second_order,
+            plan=setup.plan, micro_batch=setup.micro_batch, packing=config.inner.packing,
+            share_prefixes=config.inner.share_prefixes, start=setup.start, second_order=config.inner.second_order,
         )  # fmt: skip
         for number, values in zip(missing, runs, strict=True):
             file.write(json.dumps({"subset": number, "phi": values}) + "\n")

@@ -355,6 +355,7 @@ def loop_spec(config: Config, generator: LanguageModel, form: PromptFormat) -> L
         kl_decay=policy.kl_decay,
         states=inner.states,
         packing=inner.packing,
+        share_prefixes=inner.share_prefixes,
         second_order=inner.second_order,
         max_length=inner.max_length,
         attribution=attribution_spec(config),

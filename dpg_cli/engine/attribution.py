@@ -83,6 +83,7 @@ class InnerSettings:
     precision: Precision | None = None
     ranks: Ranks = ALONE
     packing: bool = False
+    share_prefixes: bool = True
     replay: Replay | None = None
     second_order: SecondOrder = "exact"
 
@@ -284,6 +285,7 @@ def _metagradient(
         labels=labels,
         memory=inner.memory,
         packing=inner.packing,
+        share_prefixes=inner.share_prefixes,
         second_order=inner.second_order,
         ranks=inner.ranks,
         sink=sink,

@@ -61,6 +61,7 @@ class LoopSpec:
         discount: γ of future rewards in token and expected credit; 1 is exact.
         policy: of the policy step.
         packing: ragged examples share rows, see `packing.py`.
+        share_prefixes: what examples begin with in common is computed once, see `prefixes.py`.
         second_order: how second derivatives are taken, see `reverse/choice.py`.
         states: which states of the inner run are kept, see `tape.py`.
         lr: peak learning rate of the generator; warm-up steps and the share of steps of the final decay shape it.
@@ -86,6 +87,7 @@ class LoopSpec:
     kl_decay: float = 0.0
     states: Memory = "keep"
     packing: bool = False
+    share_prefixes: bool = True
     second_order: SecondOrder = "exact"
     max_length: int = 0
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
@@ -102,6 +104,7 @@ class LoopSpec:
             micro_batch=self.micro_batch,
             memory=self.states,
             packing=self.packing,
+            share_prefixes=self.share_prefixes,
             replay=self.replay,
             second_order=self.second_order,
         )

@@ -26,13 +26,14 @@ from dpg_cli.engine.arguments import accepted
 from dpg_cli.engine.inner.attention.served import note
 from dpg_cli.engine.inner.journal import Course, Journal
 from dpg_cli.engine.inner.optimizers import OptimizerSpec
+from dpg_cli.engine.inner.prefixes import alike
 from dpg_cli.engine.inner.prepare import opened, uncompiled
 from dpg_cli.engine.inner.product import Precision
 from dpg_cli.engine.inner.recipe import Plan, Recipe, Replay
 from dpg_cli.engine.inner.run import SAMPLE, Progress, all_finite, inner_run
 from dpg_cli.engine.inner.start import Start
 from dpg_cli.engine.inner.tape import Memory
-from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack
+from dpg_cli.engine.inner.target import Normalization, TargetRun, can_pack, can_share, shareable
 from dpg_cli.engine.phi import metric_gradient, metric_measures, metric_value
 from dpg_cli.engine.ranks import ALONE, Ranks
 from dpg_cli.engine.records import Examples, Metagradient, Metagradients, Visits
@@ -62,6 +63,7 @@ def metagradient(
     memory: Memory = "keep",
     precision: Precision | None = None,
     packing: bool = False,
+    share_prefixes: bool = True,
     second_order: SecondOrder = "exact",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -91,6 +93,8 @@ def metagradient(
         precision: instead of the recipe's; "bf16" rounds the operands of the linear maps, see `product.py`; `stats` then has
             `precision_error`, the relative error of the token credits at the first and the last inner step, the larger.
         packing: ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding.
+        share_prefixes: what examples of a step begin with in common, up to their first label, is computed once where that is
+            cheaper and the target reads it so; changes nothing beyond rounding. Of the exact second order, without distributions.
         second_order: "exact", or by "difference"s of ordinary passes ("one-sided": half as many, about ten times the error), with
             the model as it runs: compiled, any attention kernel, any autograd function, checkpoints; `stats` then has
             `difference_error`, the estimated relative error of the token credits. "auto" is exact where the model and the memory
@@ -121,7 +125,7 @@ def metagradient(
         raise BadValueError("A journal keeps no credits of labels.", "Leave labels and sink out, or the journal.")
     found, every, factors = _attributed(
         model, examples, optimizer, [metric], batch_size, weights_N, normalization, micro_batch, labels, visits, plan,
-        memory, precision, packing, second_order, progress, ranks, sink, start, journal, replay,
+        memory, precision, packing, share_prefixes, second_order, progress, ranks, sink, start, journal, replay,
     )  # fmt: skip
     return replace(found[0], label_N_S_V=every, factors=factors)
 
@@ -138,6 +142,7 @@ def metagradients(
     plan: Plan | None = None,
     memory: Memory = "keep",
     packing: bool = False,
+    share_prefixes: bool = True,
     second_order: SecondOrder = "exact",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -165,7 +170,7 @@ def metagradients(
         raise BadValueError("There is no metric.", "Give at least one.")
     return _attributed(
         model, examples, optimizer, metrics, None, weights_N, None, micro_batch, False, visits, plan, memory, None,
-        packing, second_order, progress, ranks, None, start, journal, replay,
+        packing, share_prefixes, second_order, progress, ranks, None, start, journal, replay,
     )[0]  # fmt: skip
 
 
@@ -179,6 +184,7 @@ def outcomes(
     plan: Plan | None = None,
     micro_batch: int = 0,
     packing: bool = False,
+    share_prefixes: bool = True,
     second_order: SecondOrder = "exact",
     start: Start | None = None,
 ) -> Iterator[list[float]]:
@@ -198,7 +204,9 @@ def outcomes(
     recipe = Recipe.of(optimizer, None, None, None)
     aligned = accepted(opened(model), examples, optimizer, None).aligned()
     whole = recipe.plan(aligned) if plan is None else plan
-    with _ready(model, aligned, recipe, whole, micro_batch, packing, second_order, ALONE, hvp=False) as (run, _):
+    with _ready(
+        model, aligned, recipe, whole, micro_batch, packing, share_prefixes, second_order, ALONE, hvp=False
+    ) as (run, _):
         read = partial(run.space.read, run.model)
         for weights_N in weights:
             own = weights_N.to(read())
@@ -216,6 +224,7 @@ def _ready(
     plan: Plan,
     micro_batch: int,
     packing: bool,
+    share_prefixes: bool,
     second_order: SecondOrder,
     ranks: Ranks,
     *,
@@ -246,10 +255,16 @@ def _ready(
         packs = packing and can_pack(run, examples)
         if packing and not packs:
             notes.append("Examples are not packed: this model reads an example otherwise where it shares a row.")
+        shared = shareable(run, map(examples.at, plan.rows)) if share_prefixes and alike(examples) else None
+        shares = shared is not None and can_share(run, shared)
+        if shared is not None and not shares:
+            notes.append(
+                "Prompts are not shared: this model reads an example otherwise behind another one's beginning."
+            )
         if run.slabs and (own_attention := note(target, examples.ids_N_S.shape[1])):
             notes.append(own_attention)
         notes += [*finding.notes, *([said] if said else [])]
-        yield replace(run, packing=packs), notes
+        yield replace(run, packing=packs, share_prefixes=shares), notes
 
 
 def _attributed(
@@ -267,6 +282,7 @@ def _attributed(
     memory: Memory,
     precision: Precision | None,
     packing: bool,
+    share_prefixes: bool,
     second_order: SecondOrder,
     progress: Progress | None,
     ranks: Ranks,
@@ -292,10 +308,9 @@ def _attributed(
     if replay is not None:
         accepted(bare, replay.examples, optimizer)
         examples, plan = replay.joined(examples, plan)
-    with _ready(model, examples, recipe, plan, micro_batch, packing, second_order, ranks, hvp=len(plan) > 1) as (
-        run,
-        notes,
-    ):
+    with _ready(
+        model, examples, recipe, plan, micro_batch, packing, share_prefixes, second_order, ranks, hvp=len(plan) > 1
+    ) as (run, notes):
         target = run.model
         if labels == "factors":
             labels = factored(run, examples, given)

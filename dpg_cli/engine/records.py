@@ -23,16 +23,22 @@ class Layout:
     """Where each token of rows that hold several examples comes from; anything on padding. All (N, S), int64.
 
     Attributes:
-        owner_N_S: the example.
+        owner_N_S: the example; of a prefix that several share, the first one.
         column_N_S: its column there, which is its position.
+        before_N_S: the place in the row of the token before it in its example; None where that is the place before its own.
+        until_N_S: the first later place in the row that does not see it, where prefixes are shared: place i sees place j if
+            j <= i < until_j. None where they are not, and examples begin where positions begin anew.
     """
 
     owner_N_S: Tensor
     column_N_S: Tensor
+    before_N_S: Tensor | None = None
+    until_N_S: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Layout:
-        """The same change of both."""
-        return Layout(change(self.owner_N_S), change(self.column_N_S))
+        """The same change of all."""
+        both = (None if part is None else change(part) for part in (self.before_N_S, self.until_N_S))
+        return Layout(change(self.owner_N_S), change(self.column_N_S), *both)
 
 
 @dataclass(frozen=True)

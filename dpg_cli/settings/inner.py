@@ -136,6 +136,11 @@ class InnerConfig(Section):
         False,
         description="ragged examples of a step share rows, which saves their padding; changes nothing beyond rounding",
     )
+    share_prefixes: bool = Field(
+        True,
+        description="what examples of a step begin with in common, up to the first trained token, is computed once where that is "
+        "cheaper; changes nothing beyond rounding. Not by differences, nor with soft labels",
+    )
     states: Literal["keep", "sqrt", "offload"] = Field(
         "keep",
         description="the T states of the inner run: all in memory, recomputed from √T checkpoints, or on disk "

@@ -9,18 +9,21 @@ rows of a batch, and gradient and Hessian-vector product are summed over them; Z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dpg_cli.engine.inner.attention.served import in_slabs
+from dpg_cli.engine.inner.attention.served import SAME, in_slabs, is_same, sharing
+from dpg_cli.engine.inner.cuts import trying
 from dpg_cli.engine.inner.head import Head, find_head, first_order, losses_of
 from dpg_cli.engine.inner.packing import pack, unpack
+from dpg_cli.engine.inner.prefixes import Shape, laid_out, neighbours, share
 from dpg_cli.engine.inner.prepare import uncompiled
 from dpg_cli.engine.inner.product import PlainMode, Precision
 from dpg_cli.engine.inner.remembered import Piece, Remembered
@@ -32,6 +35,7 @@ from dpg_cli.engine.soft import Expected
 Normalization = Literal["token", "example"]
 TRIED = 12  # tokens of the examples that packing is tried on
 CPU_TOKENS = 4096  # of an automatic micro-batch on the CPU: activations stay near the cores' caches
+GROWN = 1.25  # times the longest example: a row with shared prefixes there, where that is more
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class TargetRun:
         masked: the model must be told where padding is: it looks at the ids of its tokens for that otherwise.
         wide: a micro-batch keeps the width of its batch; else it is cut to its longest row.
         packing: examples of a batch share rows where the model can read them so (`packing.py`).
+        share_prefixes: and have what they begin with in common once, where that is cheaper (`prefixes.py`).
         head: that head, or None.
     """
 
@@ -66,6 +71,7 @@ class TargetRun:
     masked: bool = False
     wide: bool = False
     packing: bool = False
+    share_prefixes: bool = False
     head: Head | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,10 +98,22 @@ class TargetRun:
         return float(len(batch) * self.length)
 
     def arranged(self, batch: Examples) -> Examples:
-        """The batch as the passes read it: packed, or as it is."""
-        reads = not (self.second_order == "double" or self.masked or self.wide)
-        packs = self.packing and self.head is not None and reads
-        return pack(batch) if packs else batch
+        """The batch as the passes read it: with shared prefixes, packed, or as it is."""
+        if self.head is None or self.second_order == "double" or self.masked or self.wide:
+            return batch
+        other = pack(batch) if self.packing else batch
+        if not self.share_prefixes or self.as_it_runs:
+            return other
+        shared = share(batch, Shape.of(self.head), self.tokens_at_once(batch))
+        return other if shared is None or shared.ids_N_S.numel() > other.ids_N_S.numel() else shared
+
+    def tokens_at_once(self, batch: Examples) -> int:
+        """Tokens of a row with shared prefixes, at most: those of a micro-batch, and of a rank's part of the batch."""
+        rows, width = batch.ids_N_S.shape
+        own = -(-rows // self.ranks.world) * width
+        if self.micro_batch:
+            return min(own, self.micro_batch * width)
+        return min(own, max(CPU_TOKENS, int(GROWN * width))) if batch.ids_N_S.device.type == "cpu" else own
 
     def pieces(self, batch: Examples) -> Iterator[tuple[slice, Examples]]:
         """This rank's rows of the batch in micro-batches, each cut to its longest row where the model allows it."""
@@ -103,7 +121,10 @@ class TargetRun:
         rows = own.stop - own.start
         if not rows:
             return
-        size = self.rows_at_once(rows, batch.ids_N_S.shape[1], batch.ids_N_S.device)
+        width = batch.ids_N_S.shape[1]
+        size = self.rows_at_once(rows, width, batch.ids_N_S.device)
+        if self.micro_batch and batch.layout is not None:  # which counts examples, and these rows may be longer
+            size = max(1, min(size, self.micro_batch * (int(batch.layout.column_N_S.max()) + 1) // width))
         count = -(-rows // size)
         size = -(-rows // count)  # even ones
         for start in range(own.start, own.stop, size):
@@ -132,11 +153,19 @@ class TargetRun:
         return leaves
 
 
+def shares_prefixes(piece: Examples) -> bool:
+    """Whether examples of arranged rows share prefixes."""
+    return piece.layout is not None and piece.layout.until_N_S is not None
+
+
 def inputs_of(piece: Examples, masked: bool = False) -> dict[str, Any]:
     """What the model is called with."""
     # Right-padded rows need no attention mask: a causal model never looks to the right, and pads carry no loss.
     mask = {"attention_mask": piece.attention_N_S.to(torch.int64)} if masked else {}
     places = {} if piece.layout is None else {"position_ids": piece.layout.column_N_S}
+    if shares_prefixes(piece):
+        # with a mask, transformers does not take positions that begin anew for those of other examples
+        mask = {"attention_mask": piece.attention_N_S.to(torch.int64)}
     return {"input_ids": piece.ids_N_S, "use_cache": False, **mask, **places}
 
 
@@ -148,7 +177,8 @@ def logits_of(model: nn.Module, parameters: dict[str, Tensor], piece: Examples, 
 
 def hidden_of(head: Head, parameters: dict[str, Tensor], piece: Examples, masked: bool = False) -> Tensor:
     """The backbone's last hidden state, shape (B, S, D)."""
-    output: Any = functional_call(head.base, head.base_parameters(parameters), (), inputs_of(piece, masked))
+    with sharing(head.base, piece.layout):
+        output: Any = functional_call(head.base, head.base_parameters(parameters), (), inputs_of(piece, masked))
     return output.last_hidden_state
 
 
@@ -173,18 +203,73 @@ def can_pack(run: TargetRun, examples: Examples) -> bool:
     return bool((ours - theirs).abs().max() < 1e-3 * theirs.abs().max())
 
 
+def shareable(run: TargetRun, batches: Iterable[Examples]) -> Examples | None:
+    """The first of some batches whose examples would share prefixes, or None."""
+    wanted = replace(run, share_prefixes=True)
+    return next((batch for batch in batches if shares_prefixes(wanted.arranged(batch))), None)
+
+
+_longest: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()  # examples that were tried
+
+
+@torch.no_grad()
+def can_share(run: TargetRun, batch: Examples) -> bool:
+    """Whether examples of this batch have the same hidden states behind a prefix that they share as in rows of their own.
+
+    Two of them are tried whole, and the beginning of one behind them in their row; once for a model and a length.
+    """
+    if run.head is None or not is_same(run.model):
+        return False
+    dtype, width = run.head.layer.weight.dtype, batch.ids_N_S.shape[1]
+    known = _longest.setdefault(run.model, {})
+    if known.get(dtype, 0) < width:
+        known[dtype] = width if _reads_branches(run.head, batch) else 0
+    return known[dtype] > 0
+
+
+def _reads_branches(head: Head, batch: Examples) -> bool:
+    context = getattr(getattr(head.base, "config", None), "max_position_embeddings", None)
+    if any(buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2] == context for buffer in head.base.buffers()):
+        return False  # a table of columns, which longer rows may not have
+    lengths = batch.attention_N_S.sum(1)
+    order, known = neighbours(batch.ids_N_S.cpu(), lengths.cpu())
+    most, place = max((common, place) for place, common in enumerate(known))
+    pair = order[place - 1 : place + 1]
+    least = int(lengths[pair].min()) if len(pair) == 2 else 0
+    if least < 2:
+        return False
+    tried = batch.take(torch.tensor([*pair, pair[0]])).rows(0, 3)
+    column = torch.arange(tried.ids_N_S.shape[1], device=lengths.device)
+    begins = (torch.arange(3, device=lengths.device)[:, None] < 2) | (column < TRIED)
+    tried = replace(tried, attention_N_S=tried.attention_N_S & begins, label_N_S=tried.label_N_S & begins)
+    prefix = min(most, least - 1)
+    together = laid_out(tried, [[[(0, 0), (1, prefix)], [(2, 0)]]])
+    try:
+        with trying():
+            ours, theirs = hidden_of(head, {}, together), hidden_of(head, {}, tried)
+    except Exception:  # whatever a model makes of such rows
+        return False
+    own = tried.attention_N_S.clone()
+    own[1, :prefix] = False  # these stand in the first example
+    off = (unpack(ours, together, tried) - theirs)[own].abs().max()
+    return bool(off <= SAME.get(ours.dtype, 1e-2) * theirs[own].abs().max())
+
+
 @dataclass(frozen=True)
 class Labelled:
     """The trained tokens of a piece, flattened.
 
     Attributes:
-        before_M: place in the flat (B · S) axis of the token *before* each, whose hidden state predicts it.
+        places_M: their places in the flat (B · S) axis.
+        before_M: the place of the token *before* each, whose hidden state predicts it; that of several, where they share a
+            prefix that ends there.
         ids_M: the tokens.
         mask_M: mask / Z of each.
         weighted_M: that times the data weight of its example.
         expected: the distributions that they were drawn from, where the examples have them.
     """
 
+    places_M: Tensor
     before_M: Tensor
     ids_M: Tensor
     mask_M: Tensor
@@ -198,7 +283,12 @@ class Labelled:
 
     def spread(self, value_M: Tensor, like_B_S: Tensor) -> Tensor:
         """Numbers of these tokens in the piece's shape, zero elsewhere."""
-        return value_M.new_zeros(like_B_S.numel()).index_copy_(0, self.before_M + 1, value_M).view(like_B_S.shape)
+        return value_M.new_zeros(like_B_S.numel()).index_copy_(0, self.places_M, value_M).view(like_B_S.shape)
+
+    def gathered(self, bar_M_D: Tensor, like_B_S_D: Tensor) -> Tensor:
+        """Adjoints of the hidden states that predict these tokens, summed where one predicts several; zero elsewhere."""
+        flat = bar_M_D.new_zeros(like_B_S_D.shape).flatten(0, 1)
+        return flat.index_add_(0, self.before_M, bar_M_D).view_as(like_B_S_D)
 
     @classmethod
     def of(cls, piece: Examples, weights_B: Tensor, scale: float) -> Labelled:
@@ -209,14 +299,15 @@ class Labelled:
             weights_B: data weights of these rows; of the examples that packed rows hold.
             scale: 1 / Z.
         """
-        places = piece.label_N_S.reshape(-1).nonzero()[:, 0]
-        if piece.layout is None:
-            rows = torch.div(places, piece.ids_N_S.shape[1], rounding_mode="floor")
-        else:
-            rows = piece.layout.owner_N_S.reshape(-1)[places]
+        places, width, layout = piece.label_N_S.reshape(-1).nonzero()[:, 0], piece.ids_N_S.shape[1], piece.layout
+        rows, before = torch.div(places, width, rounding_mode="floor"), places - 1
+        if layout is not None and layout.before_N_S is not None:
+            before = rows * width + layout.before_N_S.reshape(-1)[places]
+        if layout is not None:
+            rows = layout.owner_N_S.reshape(-1)[places]
         mask = weights_B.new_full((len(places),), scale)
         expected = None if piece.soft is None else Expected(piece.soft, places, not piece.drawn)
-        return cls(places - 1, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale, expected)
+        return cls(places, before, piece.ids_N_S.reshape(-1)[places], mask, weights_B[rows] * scale, expected)
 
 
 def backward(outputs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -> None:
@@ -280,8 +371,7 @@ def loss_gradient(
             loss_sum += loss
             if made is not None:
                 made.keep_hidden_bar(bar)
-            hidden_bar = torch.zeros_like(flat).index_copy_(0, tokens.before_M, bar).view_as(hidden)
-            backward([(hidden, hidden_bar)], leaves)
+            backward([(hidden, tokens.gathered(bar, hidden))], leaves)
     if losses is not None and losses_into is not None:
         losses_into.copy_(losses if batch.layout is None else unpack(losses, batch, whole))
     if not need_gradient:

@@ -151,12 +151,12 @@ def double_pass(
 def logits_bar(logits: Tensor, piece: Examples, marked: Labelled) -> Tensor:
     """c (p - e_y), or c (p - q) where distributions are trained on; zero where no label is; differentiable by the logits."""
     size = logits.shape[-1]
-    factor = logits.new_zeros(piece.ids_N_S.numel()).index_copy(0, marked.before_M + 1, marked.weighted_M)
+    factor = logits.new_zeros(piece.ids_N_S.numel()).index_copy(0, marked.places_M, marked.weighted_M)
     if marked.trained is None:
         chosen = nn.functional.one_hot(piece.ids_N_S[:, 1:].clamp(0, size - 1), size).to(logits)
     else:
         chosen = logits.new_zeros(piece.ids_N_S.numel(), size)
-        chosen.index_copy_(0, marked.before_M + 1, marked.trained.q(slice(None)).to(logits))
+        chosen.index_copy_(0, marked.places_M, marked.trained.q(slice(None)).to(logits))
         chosen = chosen.view(*piece.ids_N_S.shape, size)[:, 1:]
     return (torch.softmax(logits, -1) - chosen) * factor.view(piece.ids_N_S.shape)[:, 1:, None]
 

@@ -119,9 +119,7 @@ def dual_pass(
             bars, credit_M = _head_second_order(
                 head, leaves, tangents, primal, tangent, marked, piece_every, need_hvp, known, sink, made
             )
-            tokens[rows, :width] = (
-                theta.new_zeros(len(piece) * width).index_copy_(0, marked.before_M + 1, credit_M).view(-1, width)
-            )
+            tokens[rows, :width] = marked.spread(credit_M, piece.ids_N_S)
         if bars is not None:
             backward(list(zip((primal, tangent), bars, strict=True)), leaves)
     if hvp is not None and hvp is not hvp_into:
@@ -149,7 +147,7 @@ def factors_into(
     size = hidden.shape[-1]
     if total is None:
         total = hidden.new_zeros(*batch.ids_N_S.shape, 2 * size)
-    after = marked.before_M + 1
+    after = marked.places_M
     row, column = torch.div(after, width, rounding_mode="floor") + rows.start, after % width
     for number, values in enumerate((hidden.detach(), tangent.detach())):
         chosen = values if values.ndim == 2 else values.reshape(-1, size)[marked.before_M]
@@ -179,7 +177,7 @@ def _head_second_order(
     weight, bias = head.parameters(leaves)
     places = None
     if every is not None:  # its rows may be longer than the piece's
-        after, length = marked.before_M + 1, hidden.shape[1]
+        after, length = marked.places_M, hidden.shape[1]
         places = torch.div(after, length, rounding_mode="floor") * every.shape[1] + after % length
     result = second_order(
         flat[marked.before_M],
@@ -204,10 +202,7 @@ def _head_second_order(
         return None, result.token_M
     if made is not None and made.room.recording:
         made.keep_hidden_bar(result.tangent_bar)
-    first, second = (
-        torch.zeros_like(flat).index_copy_(0, marked.before_M, bar).view_as(hidden)
-        for bar in (result.hidden_bar, result.tangent_bar)
-    )
+    first, second = (marked.gathered(bar, hidden) for bar in (result.hidden_bar, result.tangent_bar))
     return (first, second), result.token_M
 
 
@@ -226,7 +221,7 @@ def from_logits(
     probs = torch.softmax(logits.detach(), -1)
     centred = tangent.detach() - (probs * tangent.detach()).sum(-1, keepdim=True)
     labels = piece.ids_N_S[:, 1:, None]
-    flat, places = probs.new_zeros(piece.ids_N_S.numel()), marked.before_M + 1
+    flat, places = probs.new_zeros(piece.ids_N_S.numel()), marked.places_M
     factor = flat.index_copy(0, places, marked.mask_M).view(piece.ids_N_S.shape)[:, 1:]
     target = None  # what p is compared with, where it is a distribution
     if marked.trained is not None:

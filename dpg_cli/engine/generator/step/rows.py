@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dpg_cli.engine.generator.step.spec import PolicySpec
 from dpg_cli.engine.inner.head import Head
+from dpg_cli.engine.inner.prefixes import Shape
 from dpg_cli.engine.records import Rollout
 
 WORTH = 0.9  # share of the operations of plain rows, above which rows stay plain
@@ -50,33 +51,6 @@ class Rows:
             input_ids=self.ids_R_L, attention_mask=self.attention, position_ids=self.position_R_L, use_cache=False
         )
         return output.last_hidden_state.flatten(0, 1).index_select(0, self.before_M)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides whether sharing is cheaper: the size of a backbone.
-
-    Attributes:
-        weights: that each token is multiplied with.
-        width: of the hidden states.
-        layers: how many.
-    """
-
-    weights: int
-    width: int
-    layers: int
-
-    @classmethod
-    def of(cls, head: Head) -> Shape:
-        """Of a model's backbone; embeddings are looked up and not counted."""
-        looked_up = {id(m.weight) for m in head.base.modules() if isinstance(m, nn.Embedding)}
-        config: Any = getattr(head.base, "config", None)
-        weights = sum(p.numel() for p in head.base.parameters() if p.ndim > 1 and id(p) not in looked_up)
-        return cls(weights, head.layer.in_features, int(getattr(config, "num_hidden_layers", 0) or 1))
-
-    def cost(self, tokens: int, pairs: float) -> float:
-        """Multiplications of a forward pass over so many tokens, of which so many pairs attend to each other."""
-        return self.weights * tokens + 2.0 * self.width * self.layers * pairs
 
 
 def members(shape: Shape, prompt: int, completion: int, group: int) -> int:

@@ -82,7 +82,7 @@ class Indexed:
         self.function, self.device, self.vmap = function, device, vmap
         self.known: dict[tuple[int, int, int, int], Reach] = {}
 
-    def _seen(self, batch: int, queries: slice, keys: slice) -> Tensor:
+    def seen(self, batch: int, queries: slice, keys: slice) -> Tensor:
         """Booleans, shape (queries, keys)."""
         b, h = (torch.tensor([place], device=self.device) for place in (batch, 0))
         i, j = (torch.arange(part.start, part.stop, device=self.device) for part in (queries, keys))
@@ -96,12 +96,12 @@ class Indexed:
         """See `Seen`."""
         place = batch, queries.start, queries.stop, keys
         if place not in self.known:
-            self.known[place] = _bounds(self._seen(batch, queries, slice(0, keys)))
+            self.known[place] = _bounds(self.seen(batch, queries, slice(0, keys)))
         return self.known[place]
 
     def hide_(self, scores: Tensor, batch: int, heads: slice, queries: slice, keys: slice) -> None:
         """See `Seen`."""
-        seen = self._seen(batch, queries, keys)
+        seen = self.seen(batch, queries, keys)
         if not seen.all():
             scores.masked_fill_(~seen, -torch.inf)
 

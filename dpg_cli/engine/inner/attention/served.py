@@ -5,6 +5,8 @@ function that attends. Under the name `NAME` a mask is no matrix, but what makes
 causal; and the attention takes slabs where there is such a mask, a cap or a sink, and PyTorch's own kernel elsewhere. Rows
 shorter than `LONG` keep the model's own implementation, and so does a model with which ours is not the same: on a few
 tokens, also as packed rows, the logits of both are compared.
+
+Rows whose examples share prefixes (`../prefixes.py`) are read under that name whatever their length, since no other knows their mask.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from dpg_cli.engine.inner.attention.plain import attention
 from dpg_cli.engine.inner.attention.seen import Biased, Causal, Full, Given, Indexed, Seen
 from dpg_cli.engine.inner.prepare import evaluating
+from dpg_cli.engine.records import Layout
 
 NAME = "dpg_slabs"
 FROM = ("sdpa", "eager")  # implementations that ours stands for
@@ -44,6 +47,7 @@ class Trial:
 
 
 _trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)  # of rows whose examples share prefixes
 
 
 def mask(
@@ -59,14 +63,19 @@ def mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Seen | None:
+) -> Seen | Tensor | None:
     """What stands for a mask; None for a causal one. The arguments are those of transformers' `sdpa_mask`.
+
+    Rows whose examples share prefixes have a mask of their own (`sharing`), a matrix where they are short.
 
     Raises:
         NotImplementedError: for places that do not begin at 0, which a pass without a cache does not have.
     """
     if q_offset != 0 or kv_offset != 0 or mask_function is None:
         raise NotImplementedError("attention in slabs reads whole rows")
+    layout = _layout.get()
+    if layout is not None:
+        return _branching(layout, mask_function, kv_length, use_vmap)
     trial = _trial.get()
     flagged = allow_is_causal_skip and not (trial is not None and trial.masks)
     padded = attention_mask is not None and not bool(attention_mask.all())
@@ -85,6 +94,26 @@ def mask(
             return inner(b, h, i, j) & given[b, j]
 
     return Indexed(whole, torch.device(device), vmap=use_vmap)
+
+
+def _branching(layout: Layout, mask_function: Callable[..., Any], length: int, vmap: bool) -> Seen | Tensor:
+    """What each token of rows with shared prefixes sees: what is before it in its example, as `mask_function` has it by positions.
+
+    Raises:
+        NotImplementedError: for other rows than the layout's.
+    """
+    until, position = layout.until_N_S, layout.column_N_S
+    if until is None or until.shape[1] != length:
+        raise NotImplementedError("rows with shared prefixes are read whole")
+
+    def whole(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < until[b, j]) & mask_function(b, h, position[b, i], position[b, j])
+
+    seen = Indexed(whole, until.device, vmap=vmap)
+    if length >= LONG:
+        return seen
+    every = slice(0, length)
+    return torch.stack([seen.seen(row, every, every) for row in range(len(until))])[:, None]
 
 
 def attend(
@@ -215,6 +244,25 @@ def note(model: nn.Module, length: int) -> str:
     if length < LONG or not attends or is_same(model):
         return ""
     return f"Attention is the target's own: for rows of {length:,} tokens it may keep matrices of queries x keys."
+
+
+@contextmanager
+def sharing(model: nn.Module, layout: Layout | None) -> Iterator[None]:
+    """Within this context the model reads rows of this layout, whose examples may share prefixes (`../prefixes.py`).
+
+    Args:
+        model: one for which `is_same` holds.
+        layout: of the rows, or None.
+    """
+    if layout is None or layout.until_N_S is None:
+        yield
+        return
+    token = _layout.set(layout)
+    try:
+        with _by(_configs(model)):
+            yield
+    finally:
+        _layout.reset(token)
 
 
 @contextmanager

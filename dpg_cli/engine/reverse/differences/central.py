@@ -187,8 +187,7 @@ def _side(
                 marked.weighted_M * (share / shift), weight.grad, None if bias is None else bias.grad,
                 None if marked.trained is None else marked.trained.q,
             )  # fmt: skip
-            hidden_bar = torch.zeros_like(flat).index_copy_(0, marked.before_M, bar).view_as(hidden)
-            backward([(hidden, hidden_bar)], leaves)
+            backward([(hidden, marked.gathered(bar, hidden))], leaves)
         return before
 
 
@@ -253,7 +252,7 @@ def _credits(
     weight, bias = head.parameters(leaves)
     places = None
     if every is not None:
-        after, length = marked.before_M + 1, piece.ids_N_S.shape[1]
+        after, length = marked.places_M, piece.ids_N_S.shape[1]
         places = torch.div(after, length, rounding_mode="floor") * every.shape[1] + after % length
     return second_order(
         hidden_M_D,
