@@ -45,7 +45,8 @@ from dpg_cli.engine.soft import LabelSink
 from dpg_cli.errors import DegenerateError
 
 WORST = 0.05  # relative error of token credits, beyond which differences are refused
-POOR, SHORTER = 5e-3, 16.0  # beyond this error steps shorter by that factor are tried
+POOR = {2: 5e-3, 1: 2e-2}  # by the order: beyond this error shorter steps are tried
+SHORTER = 16.0  # by this factor
 UNEVEN = 4.0  # times what is expected of a smooth model
 CAUTION = 4.0  # to both sides, predictions are moved by so much less than truncation would ask for: fewer jumps are met
 FEW, QUARTER = 16, 4  # a step's length is measured on 1/16 of its rows, its error on 1/4 (one-sided: on 1/16)
@@ -240,7 +241,7 @@ class Differences:
                 best, self._excess = (error, found, epsilon), uneven if uneven > allowed else 0.0
             if sink is not None:
                 break
-            factor = 1 / SHORTER if excess > POOR else self._better(errors, 0.3)
+            factor = 1 / SHORTER if excess > POOR[self.order] else self._better(errors, 0.3)
             if factor == 1.0:
                 break
             before = uneven if factor == 1 / SHORTER else 0.0
@@ -357,7 +358,7 @@ class Differences:
 
         taken = mended(epsilon)
         for turn in range(1, AGAIN):
-            if (taken[1] + taken[2]).at(1.0) <= POOR:
+            if (taken[1] + taken[2]).at(1.0) <= POOR[self.order]:
                 break
             shorter = mended(epsilon / SHORTER**turn)
             if (shorter[1] + shorter[2]).at(1.0) < (taken[1] + taken[2]).at(1.0):
