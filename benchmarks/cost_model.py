@@ -58,7 +58,7 @@ def measure(threads: int, task: str, settings: tuple[str, ...], steps: int) -> d
         "predicted_mb": cost["memory_mb"],
         "measured_mb": info["peak_memory_mb"],
         "tokens_share": written,
-        "efficiency": EFFICIENCY * cost["seconds_per_step"] / seconds,
+        "efficiency": EFFICIENCY["natural" if scale == "prose" else "adamw"] * cost["seconds_per_step"] / seconds,
     }
 
 

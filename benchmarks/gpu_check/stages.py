@@ -77,7 +77,7 @@ def outer(options: argparse.Namespace) -> None:
     players = built.players
     keep(options.out, {"shape": shape, "build_s": time.perf_counter() - started})
     job = job_of(config, Size.of(players.generator), Size.of(players.target), 1)
-    device = this_device(built.device)
+    device = this_device(built.device, built.config.policy.step)
     prediction = predict(job, device)
     rows: list[dict[str, float]] = []
     with Peak(built.device) as peak:

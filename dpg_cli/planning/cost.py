@@ -27,9 +27,10 @@ from dpg_cli.settings.config import Config
 
 PROBED = 64  # prompts whose length is taken
 LARGEST_DRAWN = 100  # rows or columns of a drawing
-EFFICIENCY = (
-    0.33  # of a large product's rate that these passes reach: between 0.20 and 0.49 on the tiny scale, docs/scaling.md
-)
+EFFICIENCY = {  # of a large product's rate that a run's passes reach, by its policy step; docs/scaling.md has what was measured
+    "adamw": 0.33,  # between 0.20 and 0.49 on the tiny scale
+    "natural": 0.53,  # between 0.47 and 0.63 on prose: most of it is products with the head
+}
 
 ROUGH = "times are right to a factor of 2 either way, memory to a fifth, as far as measured (docs/scaling.md: CPU)"
 
@@ -106,7 +107,7 @@ def estimate(config: Config, named_metric: str | None = None, processes: int = 1
     job = job_of(config, Size.of(generator), Size.of(target), prompt_tokens(built))
     if built.spec.replay is not None:  # whose rows may be longer
         job = replace(job, target_tokens=max(job.target_tokens, built.spec.replay.examples.ids_N_S.shape[1]))
-    predicted = predict(job, this_device(built.device), processes)
+    predicted = predict(job, this_device(built.device, job.step), processes)
     need = need_of(job, processes)
     # The metagradient and the policy step follow each other: the larger of the two counts.
     other = predicted.bytes - need.bytes
@@ -148,11 +149,16 @@ def prompt_tokens(built: Built) -> int:
     return max(1, round(sum(map(len, rows)) / len(rows)))
 
 
-def this_device(device: torch.device) -> Device:
-    """This machine's device, timed for a fifth of a second; the links between several are assumed, not measured."""
+def this_device(device: torch.device, step: str = "adamw") -> Device:
+    """This machine's device, timed for a fifth of a second; the links between several are assumed, not measured.
+
+    Args:
+        device: of this process.
+        step: the policy step of the run.
+    """
     link = (300e9, 50e9) if device.type == "cuda" else (1e9, 1e9)
     return Device(
-        str(device), machine_bytes(device), matmul_rate(device), EFFICIENCY, copy_rate(device), *link
+        str(device), machine_bytes(device), matmul_rate(device), EFFICIENCY[step], copy_rate(device), *link
     )  # fmt: skip
 
 

@@ -32,7 +32,9 @@ from dpg_cli.errors import UsageError
 from dpg_cli.metrics.text_loss import TOKENS
 from dpg_cli.models.loading import LanguageModel
 
-DIFFERENCES = 7  # vectors of n numbers: θ at one side, the product and its half, g, and three more where an error is measured
+DIFFERENCES = (
+    7  # vectors of n numbers: θ at one side, the product and its half, g, and three more where an error is measured
+)
 BASE_BYTES = 450e6  # resident memory of Python, torch and transformers before any model
 
 
