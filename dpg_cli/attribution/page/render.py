@@ -66,7 +66,10 @@ def render(facts: Facts, place: Path) -> str:
             selections=facts.selections,
             remedy=facts.remedy,
             validated=any(query.validation for query in facts.queries),
-            select=f"dpg select {pasted(facts.path)} --drop 50 --side",
+            select=[
+                f"dpg select {pasted(facts.path)} --drop 50",
+                f"dpg select {pasted(facts.path)} --drop 50 --side helpful",
+            ],
             blocks=list(blocks(facts, place)),
             style=Markup(style),
             script=Markup(script),
