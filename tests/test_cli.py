@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: in a process of its own, but for refusals."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from short_run import call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpg_cli.patterns.pattern import pattern_from_image, pattern_from_text
@@ -254,7 +255,9 @@ def bad_inputs(place: Path) -> dict[str, list[str | Path]]:
     }
 
 
-def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
+def test_messages_name_the_flags_and_the_near_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "partial.toml").write_text("steps = 3\n")
     for arguments, message in (
         (["presets", "show", "qr-embed"], "Did you mean qr-embed.gpu or qr-embed.tiny?"),
@@ -271,18 +274,21 @@ def test_messages_name_the_flags_and_the_near_name(tmp_path: Path) -> None:
         (["run", "qr-embed", "--text", "x" * 4000], "shorten the text."),
         (["run", "qr-embed", "--text", "x" * 4000, "--error-correction", "H"], "shorten the text or choose level L."),
     ):
-        answer = dpg(*arguments)
-        assert (answer.returncode, message in answer.stderr) == (2, True), (arguments, answer.stderr)
+        answer = call(capsys, monkeypatch, *arguments)
+        assert (answer.code, message in answer.err) == (2, True), (arguments, answer.err)
 
 
-def test_bad_input_gives_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_bad_input_gives_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: each of them would load PyTorch and transformers anew, and say no more."""
     for name, arguments in bad_inputs(tmp_path).items():
-        answer = dpg(*arguments)
-        assert answer.returncode == 2, (name, answer.stderr)
-        last = [line for line in answer.stderr.splitlines() if line.startswith("dpg: ")]
-        assert len(last) == 1, (name, answer.stderr)
+        answer = call(capsys, monkeypatch, *arguments)
+        assert answer.code == 2, (name, answer.err)
+        last = [line for line in answer.err.splitlines() if line.startswith("dpg: ")]
+        assert len(last) == 1, (name, answer.err)
         assert len(last[0]) > 30, name
-        assert "Traceback" not in answer.stderr, name
-        assert answer.stdout == "", name
+        assert "Traceback" not in answer.err, name
+        assert answer.out == "", name
     assert not (tmp_path / "runs").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["x"]
