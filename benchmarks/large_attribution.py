@@ -90,7 +90,7 @@ def measure(folder: Path, rows: int, target: str, memory: str) -> dict[str, Any]
         "attribute", data, "--target", target or folder / "target", "--language", "es", "--batch-size", BATCH,
         "--memory", memory, "--out", scores, "--overwrite", "--json",
     )  # fmt: skip
-    found["select"] = measured("select", scores, "--drop", rows // 10, "--out", folder / "kept.jsonl", "--json")
+    found["select"] = measured("select", scores, "--drop", rows // 10, "--out", folder / f"kept-{rows}.jsonl", "--json")
     return found
 
 
